@@ -44,7 +44,7 @@ def toy_batch(
 # %% ../nbs/02_squeezeformer.ipynb #ec1f0425
 class PairBias(nn.Module):
     "What attention should know about pairs of positions: convolved BPP plus distance, and never look at padding; (b h i j)"
-    def __init__(self, n_head, width=8, kernel_size=5):
+    def __init__(self, n_head, width=8, kernel_size=3):
         super().__init__()
         self.conv1,self.conv2 = nn.Conv2d(1, width, kernel_size, padding='same'),nn.Conv2d(width, n_head, kernel_size, padding='same')
         self.scale = nn.Parameter(torch.full((n_head,1,1), 4.))  # how loud the plain BPP is at the start
@@ -66,13 +66,17 @@ class BiasedAttention(nn.Module):
         if d_model % n_head: raise ValueError(f"d_model={d_model} is not a multiple of n_head={n_head}")
         self.n_head,k = n_head,d_model//n_head
         self.qkv,self.out = nn.Linear(d_model, 3*d_model),nn.Linear(d_model, d_model)
-        self.norm_q,self.norm_k = nn.RMSNorm(k, eps=1e-6),nn.RMSNorm(k, eps=1e-6)
+        self.sharp = nn.Parameter(torch.full((n_head,1,1), k**.5))  # largest logit of each head
 
     def forward(self, x, bias):
         q,k,v = rearrange(self.qkv(x), 'b l (three h k) -> three b h l k', three=3, h=self.n_head)
-        logits = (self.norm_q(q)*k.shape[-1]**-.5).to(v.dtype) @ self.norm_k(k).to(v.dtype).mT  # b h i j
-        y = (logits.float() + bias).softmax(-1).to(v.dtype) @ v
-        return self.out(rearrange(y, 'b h l k -> b l (h k)'))
+        look = (self.logits(q, k) + bias).softmax(-1)  # b h i j
+        return self.out(rearrange(look.to(v.dtype) @ v, 'b h l k -> b l (h k)'))
+
+    def logits(self, q, k):
+        "Cosine of query and key times a learned sharpness (Henry et al. 2020), fp32"
+        q,k = F.normalize(q.float(), dim=-1, eps=1e-3)*self.sharp,F.normalize(k.float(), dim=-1, eps=1e-3)
+        return (q @ k.mT).float()
 
 # %% ../nbs/02_squeezeformer.ipynb #6e22481a
 class GatedConv(nn.Module):
