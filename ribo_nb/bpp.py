@@ -130,6 +130,7 @@ class BppStore:
     )->int: # how many had to be folded
         "Fold what the store does not have"
         todo = sorted(self.missing(sequences), key=len, reverse=True)
+        if not todo: return 0
         chunks = [todo[k:k+16] for k in range(0, len(todo), 16)]
         jobs = joblib.Parallel(n_jobs if len(todo) > 100 else 1, return_as='generator')
         work,done = jobs(joblib.delayed(_fold_many)(self.eng, self.threshold, c) for c in chunks),[]

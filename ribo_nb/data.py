@@ -507,7 +507,7 @@ def training_batch(
     store:Store,
     rows:np.ndarray, # row numbers of the store
     bpp=None, # function: list of sequences → (b l l) tensor
-)->dict: # `collate` plus react, react_err (b l m), sn, SN_filter (b m), rows (b)
+)->dict: # `collate` plus react, react_err (b l m), sn, SN_filter (b m)
     "What training needs on top: profiles and how far to trust them"
     t = store.rows.iloc[rows]
     batch = collate(t.sequence.tolist(), bpp)
@@ -515,9 +515,9 @@ def training_batch(
     for k,i in enumerate(rows):
         react,err = store[i]
         batch['react'][k, :len(react)],batch['react_err'][k, :len(err)] = torch.from_numpy(react),torch.from_numpy(err)
-    batch['sn'] = torch.from_numpy(t[[f'signal_to_noise_{m}' for m in MODS]].to_numpy(np.float32))
-    batch['SN_filter'] = torch.from_numpy(t[[f'SN_filter_{m}' for m in MODS]].to_numpy(bool))
-    return batch | dict(rows=torch.from_numpy(np.asarray(rows)))
+    batch['sn'] = torch.from_numpy(t[[f'signal_to_noise_{m}' for m in MODS]].to_numpy(np.float32, copy=True))
+    batch['SN_filter'] = torch.from_numpy(t[[f'SN_filter_{m}' for m in MODS]].to_numpy(bool, copy=True))
+    return batch
 
 # %% ../nbs/00_data.ipynb #0b479716
 def epoch_batches(

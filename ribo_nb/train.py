@@ -106,7 +106,8 @@ def absolute_errors(
     SN_filter, # does the profile pass? (b m)
 )->tuple: # sum of absolute errors per modifier, float64 (m); number of positions that count
     "What the official score is made of; raises ValueError when a position that counts has no prediction"
-    pred,react,good = torch.as_tensor(pred).double(),torch.as_tensor(react).double(),torch.as_tensor(SN_filter).bool()
+    pred,react,good = (x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in (pred, react, SN_filter))
+    pred,react,good = pred.double(),react.double(),good.bool()
     counts = ~react.isnan().any(-1) & good.all(-1)[:,None]  # b l
     p,y = pred[counts],react[counts].clamp(0, 1)
     if not p.isfinite().all(): raise ValueError(f"{int((~p.isfinite()).any(-1).sum())} of {len(p)} positions that count have a prediction that is not finite")
@@ -121,28 +122,26 @@ def official_mae(pred, react, SN_filter)->float:
 # %% ../nbs/04_train.ipynb #4ea9d0a5
 _levels = np.r_[-np.inf, .02, .1, .25, .5, .75, .9, .98, np.inf]  # of p(unpaired); reactivity changes most near 0 and 1
 
-def _describe(store, bpp, rows):
-    "Nucleotide (0..3) and level of p(unpaired) at every position of some rows, end to end"
-    seqs = store.rows.sequence.iloc[rows]
-    nt = np.concatenate([encode(s) for s in seqs]).astype(int) - 1
-    p = np.concatenate([1 - bpp([s])[0].sum(-1).numpy() for s in seqs])
+def _describe(sequences, bpp):
+    "Nucleotide (0..3) and level of p(unpaired) at every position of some RNAs, end to end"
+    nt = np.concatenate([encode(s) for s in sequences]).astype(int) - 1
+    p = np.concatenate([1 - bpp([s])[0].sum(-1).numpy() for s in sequences])
     return nt,np.searchsorted(_levels, p) - 1
 
 def baselines(
     store:Store,
-    bpp:BppStore, # holds the BPPs of all rows
-    train:np.ndarray, # row numbers to fit on
-    valid:np.ndarray, # row numbers to predict
-)->dict: # name → list of predictions (l m), one per row of `valid`
+    rows:np.ndarray, # row numbers to fit on
+    sequences:list, # RNAs to predict
+    bpp:BppStore, # holds the BPPs of both
+)->dict: # name → list of predictions (l m), one per sequence
     "Predictions of three lookup tables: per modifier, per nucleotide, per nucleotide and level of p(unpaired)"
-    react = np.concatenate([np.where(store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[i], store[i][0], np.nan) for i in train]).clip(0, 1)
-    (nt,lv),(nt2,lv2) = _describe(store, bpp, train),_describe(store, bpp, valid)
-    cut = np.cumsum(store.rows.sequence.iloc[valid].str.len())[:-1]
-    out = {}
+    good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()
+    react = pd.DataFrame(np.concatenate([np.where(good[i], store[i][0], np.nan) for i in rows]).clip(0, 1), columns=MODS)
+    (nt,level),(nt2,level2) = _describe(store.rows.sequence.iloc[rows], bpp),_describe(sequences, bpp)
+    cut,out = np.cumsum([len(s) for s in sequences])[:-1],{}
     for name,key,key2 in (('median per modifier', 0*nt, 0*nt2), ('median per nucleotide', nt, nt2),
-                          ('unpaired-probability lookup', nt*len(_levels) + lv, nt2*len(_levels) + lv2)):
-        table = pd.DataFrame(react, columns=MODS).groupby(key).median()
-        known = table.reindex(key2).fillna(pd.DataFrame(react, columns=MODS).median())
+                          ('unpaired-probability lookup', nt*len(_levels) + level, nt2*len(_levels) + level2)):
+        known = react.groupby(key).median().reindex(key2).fillna(react.median())
         out[name] = np.split(known.to_numpy(), cut)
     return out
 
@@ -403,7 +402,7 @@ def train_run(
 def final_scores(cfg, model, store, bpp):
     "Official metric of model and baselines on the held-out fold, same rows: name → dict(2A3, DMS, official, positions)"
     valid,rest = held_out(store, cfg.fold),np.flatnonzero(store.rows.fold != cfg.fold)
-    preds = {cfg.model: predict_rows(model, store, bpp, valid)} | baselines(store, bpp, rest, valid)
+    preds = {cfg.model: predict_rows(model, store, bpp, valid)} | baselines(store, rest, store.rows.sequence.iloc[valid].tolist(), bpp)
     return {k: score(p, store, valid) for k,p in preds.items()}
 
 # %% ../nbs/04_train.ipynb #867bf39e

@@ -1,0 +1,52 @@
+# Each target is one line of work and stands alone. The first that runs makes .venv and installs; later ones find it done.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+CFG    ?= cfg_0
+DATA   ?=
+N      ?= 1000
+B      := .venv/bin
+NAME   := $(if $(DATA),$(firstword $(subst ., ,$(notdir $(DATA)))),simulated)
+STORE  := datamount/parquet/$(NAME).parquet
+TEST   := datamount/parquet/$(NAME)-fold0
+DEMO   := datamount/runs/cfg_demo$(if $(DATA),-$(NAME))
+SUB    := datamount/submission/$(NAME)-cfg_demo.parquet
+.PHONY: help install demo test check export run train lab docs bench clean
+
+help:     ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/:/'
+install: .venv/installed  ## create .venv with the pinned environment (TORCH=... chooses another build of PyTorch)
+demo: install  ## data → BPPs → papermill run → submission and score; DATA=file takes real data, N=number of sequences
+	$B/ribo_data $(if $(DATA),"$(DATA)" --sample,--simulate) $(N) --out $(STORE) --holdout $(TEST)
+	$B/ribo_bpp $(STORE)
+	mkdir -p $(DEMO) && $B/papermill --no-progress-bar nbs/04_train.ipynb $(DEMO)/train.ipynb -p cfg cfg_demo -p data $(STORE) -p run $(DEMO)
+	@ls $(DEMO)/*.png $(DEMO)/*.json $(DEMO)/train.ipynb
+	$B/ribo_infer $(TEST)/test_sequences.csv --ckpt $(DEMO) --out $(SUB) --bpp datamount/bpp --figures $(DEMO)/figures
+	$B/ribo_score $(SUB) $(TEST)/solution.parquet --test $(TEST)/test_sequences.csv --store $(STORE) --bpp datamount/bpp
+test: install  ## every notebook's lessons, then what does not fit in a cell
+	$B/nbdev_test --n_workers 2 && $B/python -m pytest -q tests
+check: install  ## exported in step, notebooks clean, papermill's tag there, no back-edges
+	PATH="$(CURDIR)/$B:$$PATH" .ci/check
+export: install  ## nbs/ → ribo_nb/, and clean the notebooks
+	$B/nbdev_export && $B/nbdev_clean
+run: export  ## execute all notebooks in place: their outputs are committed
+	TQDM_DISABLE=1 $B/jupyter execute --inplace nbs/0*.ipynb && $B/nbdev_clean
+train: install  ## papermill run of CFG=cfg_0 on a store DATA=datamount/parquet/....parquet; run it again to go on
+	mkdir -p datamount/runs/$(CFG) && $B/papermill --no-progress-bar nbs/04_train.ipynb datamount/runs/$(CFG)/train.ipynb -p cfg $(CFG) $(if $(DATA),-p data "$(DATA)")
+lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes
+	$B/jupyter lab --notebook-dir nbs
+docs: install  ## the book as HTML, in _docs/
+	$B/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
+bench: install  ## seconds, peak memory and sequences per second of each stage of the demo
+	$B/python bench/demo.py
+clean:    ## remove .venv and what is generated; data and runs in datamount/ stay
+	rm -rf .venv _docs *.egg-info
+
+.venv/installed: settings.ini setup.py constraints.txt
+	test -x $B/python || $(PYTHON) -m venv .venv
+	$B/python -c 'import torch' 2>/dev/null || $B/python -m pip install -q -c constraints.txt $(TORCH)
+	$B/python -m pip install -q -c constraints.txt uv setuptools
+	$B/uv pip install -q --python $B/python --no-build-isolation --compile-bytecode -c constraints.txt -e '.[dev]'
+	$B/uv pip uninstall -q --python $B/python rfc3987-syntax  # optional, and 6 s slower to import than all the rest
+	touch $@
+.venv/lab: .venv/installed
+	$B/uv pip install -q --python $B/python --no-build-isolation -c constraints.txt -e '.[lab]' && $B/uv pip uninstall -q --python $B/python rfc3987-syntax && touch $@
