@@ -3,13 +3,13 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 CFG    ?= cfg_0
 DATA   ?=
-N      ?= 1000
+N      ?= $(if $(DATA),2000,1000)
 B      := .venv/bin
-NAME   := $(if $(DATA),$(firstword $(subst ., ,$(notdir $(DATA)))),simulated)
+NAME   := $(if $(DATA),$(firstword $(subst ., ,$(notdir $(DATA)))),simulated)-$(N)
 STORE  := datamount/parquet/$(NAME).parquet
 TEST   := datamount/parquet/$(NAME)-fold0
-DEMO   := datamount/runs/cfg_demo$(if $(DATA),-$(NAME))
-SUB    := datamount/submission/$(NAME)-cfg_demo.parquet
+DEMO   := datamount/runs/cfg_demo$(if $(DATA)$(filter-out 1000,$(N)),-$(NAME))
+SUB    := datamount/submission/$(NAME).parquet
 .PHONY: help install demo test check export run train lab docs bench clean
 
 help:     ## this list
@@ -18,7 +18,7 @@ install: .venv/installed  ## create .venv with the pinned environment (TORCH=...
 demo: install  ## data → BPPs → papermill run → submission and score; DATA=file takes real data, N=number of sequences
 	$B/ribo_data $(if $(DATA),"$(DATA)" --sample,--simulate) $(N) --out $(STORE) --holdout $(TEST)
 	$B/ribo_bpp $(STORE)
-	mkdir -p $(DEMO) && $B/papermill --no-progress-bar nbs/04_train.ipynb $(DEMO)/train.ipynb -p cfg cfg_demo -p data $(STORE) -p run $(DEMO)
+	mkdir -p $(DEMO) && $B/papermill --no-progress-bar --log-output nbs/04_train.ipynb $(DEMO)/train.ipynb -p cfg cfg_demo -p data $(STORE) -p run $(DEMO)
 	@ls $(DEMO)/*.png $(DEMO)/*.json $(DEMO)/train.ipynb
 	$B/ribo_infer $(TEST)/test_sequences.csv --ckpt $(DEMO) --out $(SUB) --bpp datamount/bpp --figures $(DEMO)/figures
 	$B/ribo_score $(SUB) $(TEST)/solution.parquet --test $(TEST)/test_sequences.csv --store $(STORE) --bpp datamount/bpp
@@ -31,7 +31,7 @@ export: install  ## nbs/ → ribo_nb/, and clean the notebooks
 run: export  ## execute all notebooks in place: their outputs are committed
 	TQDM_DISABLE=1 $B/jupyter execute --inplace nbs/0*.ipynb && $B/nbdev_clean
 train: install  ## papermill run of CFG=cfg_0 on a store DATA=datamount/parquet/....parquet; run it again to go on
-	mkdir -p datamount/runs/$(CFG) && $B/papermill --no-progress-bar nbs/04_train.ipynb datamount/runs/$(CFG)/train.ipynb -p cfg $(CFG) $(if $(DATA),-p data "$(DATA)")
+	mkdir -p datamount/runs/$(CFG) && $B/papermill --no-progress-bar --log-output nbs/04_train.ipynb datamount/runs/$(CFG)/train.ipynb -p cfg $(CFG) $(if $(DATA),-p data "$(DATA)")
 lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes
 	$B/jupyter lab --notebook-dir nbs
 docs: install  ## the book as HTML, in _docs/

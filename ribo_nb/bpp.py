@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['engines', 'BPP_VERSION', 'Vienna', 'engine', 'check_bpp', 'sparse', 'BppStore', 'plot_dots', 'plot_arcs',
-           'read_sequences', 'ribo_bpp']
+           'clean_sequences', 'read_sequences', 'ribo_bpp']
 
 # %% ../nbs/01_bpp.ipynb #01232712
 import hashlib,json,click,joblib,numpy as np,pandas as pd,pyarrow as pa,pyarrow.parquet as pq,torch
 import matplotlib.pyplot as plt,seaborn as sns
+from joblib.externals.loky import get_reusable_executor
 from matplotlib.patches import Arc
 from pathlib import Path
 from torch import Tensor
@@ -132,13 +133,15 @@ class BppStore:
         todo = sorted(self.missing(sequences), key=len, reverse=True)
         if not todo: return 0
         chunks = [todo[k:k+16] for k in range(0, len(todo), 16)]
-        jobs = joblib.Parallel(n_jobs if len(todo) > 100 else 1, return_as='generator')
+        n_jobs = n_jobs if len(todo) > 100 else 1
+        jobs = joblib.Parallel(n_jobs, return_as='generator', max_nbytes=None)
         work,done = jobs(joblib.delayed(_fold_many)(self.eng, self.threshold, c) for c in chunks),[]
         with progress(desc=f'fold with {self.eng.name}', total=len(todo), unit='seq') as bar:
             for k,(c,r) in enumerate(zip(chunks, work, strict=True), 1):
                 done += zip(c, r, strict=True)
                 bar.update(len(c))
                 if len(done) >= part or k == len(chunks): self._keep(done); done = []
+        if n_jobs != 1: get_reusable_executor().shutdown()  # else its idle workers keep a script from ending for minutes
         return len(todo)
 
     def _keep(self, done):
@@ -190,13 +193,28 @@ def plot_arcs(
     for i,j in pairs: ax.add_patch(Arc(((i+j)/2+1, 0), j-i, j-i, theta1=0, theta2=180, color='#30507a', alpha=float(bpp[i,j]), lw=1.3))
     ax.set(xlim=(.3, n+.7), ylim=(0, max(4, (pairs[:,1]-pairs[:,0]).max(initial=4)/2*1.05))); ax.axis('off')
     for m,b in enumerate(below):
-        b.bar(np.arange(1, n+1), np.nan_to_num(react[:,m]).clip(0, 1.5), width=.9, color=COLORS[MODS[m]]); b.set(ylim=(0, 1.5), ylabel=MODS[m])
+        b.bar(np.arange(1, n+1), np.nan_to_num(react[:,m]).clip(0, 1.5), width=.9, color=COLORS[MODS[m]]); b.set(ylim=(0, 1.5), ylabel=MODS[m]); b.tick_params(axis='x', length=0)
     last = below[-1] if below else ax
     if sequence: last.set_xticks(range(1, n+1), list(sequence), fontsize=6 if n > 60 else 9); last.tick_params(axis='x', length=0)
     sns.despine(fig)
     return fig
 
-# %% ../nbs/01_bpp.ipynb #67092644
+# %% ../nbs/01_bpp.ipynb #b46583fe
+def clean_sequences(
+    sequences, # strings from a file
+    path, # named in errors
+    what:str='row', # and what its parts are called
+    names=None, # and what this one is called
+)->list: # the same in upper case with U for T
+    "Raise ValueError, with file and row, for the first that is not an RNA"
+    out = []
+    for k,s in enumerate(sequences):
+        try:
+            if not isinstance(s, str) or not s: raise ValueError('there is no sequence: fill it in or remove it')
+            out.append(decode(encode(s)))
+        except ValueError as e: raise ValueError(f"{path}, {what} {k+1}{f' ({names[k]})' if names is not None else ''}: {e}") from e
+    return out
+
 def read_sequences(
     path, # CSV or Parquet with a column `sequence`: a store, a raw table, a test set
 )->list:
@@ -208,12 +226,8 @@ def read_sequences(
     except FileNotFoundError as e: raise ValueError(f"{path}: no such file") from e
     except (pa.ArrowInvalid, KeyError, ValueError, OSError) as e:
         raise ValueError(f"{path}: no column 'sequence' can be read ({str(e).splitlines()[0]}): expected a store, or a table in Kaggle's format") from e
-    out = {}
-    for k,s in enumerate(seqs, 1):
-        try: out[decode(encode(s))] = k
-        except (ValueError, AttributeError) as e: raise ValueError(f"{path}, row {k}: {e}") from e
-    if not out: raise ValueError(f"{path}: the table has no rows")
-    return list(out)
+    if not seqs: raise ValueError(f"{path}: the table has no rows")
+    return list(dict.fromkeys(clean_sequences(seqs, path)))
 
 @command()
 @click.argument('table', type=click.Path(path_type=Path))

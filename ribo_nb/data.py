@@ -38,7 +38,8 @@ def encode(
     bad = sorted({c for c in sequence if not _ids[ord(c) % 256] or ord(c) > 255})
     raise ValueError(f"{sequence[:12]!r}… contains {bad}, expected only {NTS} (or T): remove gaps, resolve ambiguous letters")
 
-def decode(ids): return ''.join(NTS[i-1] for i in ids)
+def decode(ids:np.ndarray)->str: # ids 1..4 back to letters
+    return np.frombuffer(b'?' + NTS.encode(), np.uint8)[ids].tobytes().decode()
 
 # %% ../nbs/00_data.ipynb #531d5eb8
 def datamount()->Path: # the folder for data and runs, never in git
@@ -198,7 +199,7 @@ def _measure(
     for m in range(2):
         reads = int(np.exp(rng.normal(9.2, 1.4))) + 2
         x = clean[:,m] + rng.laplace(0, _spread[m], len(clean))
-        err = np.sqrt((15 + 65*x.clip(0))/reads) * np.exp(rng.normal(0, .15, len(x)))
+        err = np.sqrt((15 + 65*x.clip(0))/reads) * np.exp(rng.normal(.2, .15, len(x)))
         x = x + err*rng.normal(size=len(x))
         for a in (x, err): a[:26] = a[-20:] = np.nan
         sn = np.nanmean(x)/np.nanmean(err)
@@ -455,7 +456,7 @@ def plot_profile(
     sequence:str,
     react:np.ndarray, # (l m), NaN where not measured
     err:np.ndarray|None=None, # (l m)
-    pred:np.ndarray|None=None, # predicted reactivity, drawn as a line, (l m)
+    pred:np.ndarray|None=None, # predicted reactivity, drawn as a black line, (l m)
     title:str='',
 )->plt.Figure:
     "Reactivity along one RNA, one panel per modifier"
@@ -463,13 +464,12 @@ def plot_profile(
     for m,(mod,ax) in enumerate(zip(MODS, axs, strict=True)):
         x = np.arange(1, len(sequence)+1)
         ax.bar(x, react[:,m], width=.9, color=COLORS[mod], alpha=.8 if pred is None else .35, yerr=None if err is None else err[:,m], error_kw=dict(lw=.5, alpha=.5))
-        if pred is not None: ax.plot(x, pred[:,m], color='k', lw=1.2, label='predicted'); ax.legend(frameon=False, loc='upper right')
-        top = np.nanquantile(np.r_[react[:,m], .8], .99)
-        ax.set(ylabel=mod, ylim=(min(-.1, max(-.5, np.nanmin(np.r_[react[:,m], 0]))), max(1.05, top)), xlim=(.3, len(sequence)+.7))
+        if pred is not None: ax.plot(x, pred[:,m], color='k', lw=1.2)
+        ax.set(ylabel=f'{mod} reactivity', ylim=(-.2, max(1.1, np.nanquantile(np.r_[react[:,m], 0], .97))), xlim=(.3, len(sequence)+.7))
         ax.axhline(0, color='k', lw=.5)
     axs[0].set_title(title, fontsize=10)
     axs[1].set_xticks(np.arange(1, len(sequence)+1), list(sequence), fontsize=6 if len(sequence) > 60 else 9)
-    axs[1].tick_params(axis='x', length=0)
+    for ax in axs: ax.tick_params(axis='x', length=0)
     sns.despine(fig)
     return fig
 
@@ -486,7 +486,7 @@ def plot_heatmap(
     cmap = plt.get_cmap('Greys').with_extremes(bad='#dfe6ec')
     for m,ax in enumerate(axs):
         im = ax.imshow(img[m], aspect='auto', cmap=cmap, vmin=0, vmax=1, interpolation='nearest', extent=(.5, width+.5, len(reacts), 0))
-        ax.set_ylabel(f'{MODS[m]}\nsequence')
+        ax.set_ylabel(f'{MODS[m]}\nsequence'); ax.yaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
     axs[0].set_title(title, fontsize=10); axs[1].set_xlabel('position (nt)')
     fig.colorbar(im, ax=axs, label='reactivity', shrink=.5)
     return fig
@@ -580,7 +580,7 @@ def ribo_data(raw, out, n_sim, sample, folds, seed, holdout):
     "Turn RAW, a table of reactivity profiles in Kaggle's wide format (CSV, CSV.gz or Parquet), into a store."
     if (raw is None) == (n_sim is None): raise click.UsageError('Give either RAW, a table to convert, or --simulate N.')
     if n_sim:
-        raw = datamount()/'raw'/'simulated.parquet'
+        raw = datamount()/'raw'/f"simulated-{n_sim}{f'-seed{seed}' if seed else ''}.parquet"
         table = simulate(n_sim, seed)
         with atomic(raw) as p: table.to_parquet(p, index=False)
         click.echo(f'{raw}: {len(table)} SIMULATED profiles of {n_sim} sequences')

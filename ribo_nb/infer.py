@@ -10,6 +10,7 @@ __all__ = ['Ensemble', 'load', 'predict', 'read_fasta', 'read_test', 'write_subm
 import gzip,json,re,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,torch
 import matplotlib.pyplot as plt
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from torch import nn
 from .data import *
@@ -85,11 +86,7 @@ def read_fasta(
     if not names: raise ValueError(f"{path}: no records: expected lines of '>name' and sequence")
     df = pd.DataFrame(dict(name=names, sequence=[''.join(s) for s in seqs]))
     if (twice := df.name.duplicated()).any(): raise ValueError(f"{path}, record {twice.idxmax()+1}: the name {df.name[twice.idxmax()]!r} is used twice: rename one")
-    for k,(name,s) in enumerate(zip(df.name, df.sequence), 1):
-        if not s: raise ValueError(f"{path}, record {k} ({name}): there is no sequence: remove the record")
-        try: df.loc[k-1, 'sequence'] = decode(encode(s))
-        except ValueError as e: raise ValueError(f"{path}, record {k} ({name}): {e}") from e
-    return df
+    return df.assign(sequence=clean_sequences(df.sequence, path, 'record', df.name))
 
 # %% ../nbs/05_infer.ipynb #fedc2062
 def read_test(
@@ -102,9 +99,7 @@ def read_test(
     if 'sequence' not in df: raise ValueError(f"{path}: no column 'sequence', it has {', '.join(map(str, df.columns[:8]))}")
     if df.empty: raise ValueError(f"{path}: the table has no rows")
     def stop(k, text): raise ValueError(f"{path}, row {df.index[k]+1}: {text}")
-    for k,s in enumerate(df.sequence):
-        try: df.loc[k, 'sequence'] = decode(encode(s))
-        except (ValueError, AttributeError) as e: stop(k, e)
+    df['sequence'] = clean_sequences(df.sequence, path)
     df['name'] = df['sequence_id'] if 'sequence_id' in df else df['name'] if 'name' in df else df.sequence.map(sequence_id)
     if (twice := df.name.duplicated()).any(): stop(int(twice.to_numpy().argmax()), f"id {df.name[twice].iloc[0]} appears twice: drop one of the rows")
     if not {'id_min','id_max'} <= set(df): return df[['name','sequence']]

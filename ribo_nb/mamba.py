@@ -65,7 +65,7 @@ class BiMixer(nn.Module):
         self.pair,self.skip = nn.Parameter(torch.ones(d_model)),nn.Parameter(torch.ones(d_model))
 
     def forward(self, x, mask, bpp):
-        real = mask.bool()[...,None]
+        real = mask[...,None]
         z,gate,step = self.up(x).split(self.split, -1)
         z = F.silu(rearrange(self.conv(rearrange(z*real, 'b l c -> b c l')), 'b c l -> b l c'))*real
         v,*BC = z.split([x.shape[-1]] + 4*[self.d_state], -1)
@@ -100,6 +100,7 @@ class Mamba(nn.Module):
         self.norm,self.head = nn.LayerNorm(d_model),nn.Linear(d_model, 2)
 
     def forward(self, batch):
-        x = self.embed(batch)  # b l d
-        for block in self.blocks: x = block(x, batch['mask'], batch['bpp'])
+        seq,bpp,mask = clean(batch)
+        x = self.embed(seq, bpp, mask)  # b l d
+        for block in self.blocks: x = block(x, mask, bpp)
         return self.head(self.norm(x))  # b l m

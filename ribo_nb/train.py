@@ -54,7 +54,7 @@ class Cfg:
     warmup:float=.05 # part of all steps
     clip_grad:float=3. # norm
     precision:str='auto' # auto | fp32 | bf16 | fp16
-    device:str='auto' # auto | cpu | cuda | mps
+    device:str='auto' # auto | cpu | cuda
     seed:int=0
     save_minutes:float=2. # between two checkpoints inside an epoch
 
@@ -67,7 +67,7 @@ class Cfg:
             if getattr(self, name) not in allowed: raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
 
 _choices = dict(model=('squeezeformer','mamba'), engine=tuple(engines), weight=('none','SN_filter','log1p'),
-                precision=('auto','fp32','bf16','fp16'), device=('auto','cpu','cuda','mps'))
+                precision=('auto','fp32','bf16','fp16'), device=('auto','cpu','cuda'))
 
 # %% ../nbs/04_train.ipynb #76cbb981
 cfg_0 = Cfg()  # the Squeezeformer, full data
@@ -175,7 +175,7 @@ def resolve(
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision)
     if dtype is None:
         if name == 'cuda': dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        else: dtype = torch.bfloat16 if name == 'cpu' and torch.cpu._is_avx512_bf16_supported() else torch.float32
+        else: dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     return torch.device(name),dtype
 
 def to_device(batch, device): return {k: v.to(device, non_blocking=True) for k,v in batch.items()}
@@ -264,16 +264,27 @@ def train_step(model, opt, scaler, batch, cfg, dtype):
 # %% ../nbs/04_train.ipynb #864cc73e
 @dataclass
 class Progress:
-    "Where a run stands: next batch `at` of `epoch`, steps done, sums since the last log line, bad steps in a row and in all"
+    "Where a run stands, and what it has added up since the last line of the log"
     epoch:int=0
-    at:int=0
+    at:int=0 # next batch of the epoch
     step:int=0
-    total:float=0.
-    count:int=0
-    bad_row:int=0
-    bad:int=0
+    total:float=0. # of the loss, since the last log line
+    count:int=0 # of the steps in it
+    skipped:int=0 # steps that were not finite, in all
+    in_row:int=0 # and just now
     seconds:float=0.
 
+    def add(self, loss, good, seconds):
+        self.at += 1; self.step += 1; self.seconds += seconds
+        if good: self.total += loss; self.count += 1; self.in_row = 0
+        else: self.skipped += 1; self.in_row += 1
+
+    def line(self, lr, norm):
+        "One line for the log; the sums begin anew"
+        loss,self.total,self.count = self.total/max(self.count, 1),0.,0
+        return dict(step=self.step, epoch=self.epoch, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, skipped=self.skipped, seconds=round(self.seconds, 1))
+
+# %% ../nbs/04_train.ipynb #cedd4d61
 def _save_last(out, cfg, model, opt, scaler, pos):
     log = out/'log.jsonl'
     rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else {})
@@ -306,8 +317,9 @@ def stoppable():
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-def _log(out, **line):
+def _log(out, line):
     with open(out/'log.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
+    return line
 
 def train(
     cfg:Cfg,
@@ -323,32 +335,24 @@ def train(
     opt,scaler = make_optimizer(model, cfg),torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     pos = _load_last(out, cfg, model, opt, scaler)
     length = store.rows.sequence.str.len().to_numpy()[rows]
-    per_epoch = len(epoch_batches(length, cfg.batch_size, cfg.seed))
-    bar = progress(desc=out.name, total=cfg.n_epoch*per_epoch, initial=pos.step, unit='step')
-    with stoppable() as stop, bar:
-        saved = now = time.monotonic()
+    steps = cfg.n_epoch*len(epoch_batches(length, cfg.batch_size, cfg.seed))
+    with stoppable() as stop, progress(desc=out.name, total=steps, initial=pos.step, unit='step') as bar:
+        clock = saved = time.monotonic()
         while pos.epoch < cfg.n_epoch:
             for at in epoch_batches(length, cfg.batch_size, cfg.seed, pos.epoch)[pos.at:]:
                 batch = to_device(training_batch(store, rows[at], lambda s: bpp(s, device)), device)
-                for g in opt.param_groups: g['lr'] = lr_at(pos.step, cfg.n_epoch*per_epoch, cfg)
-                model.train()
-                loss,norm,good = train_step(model, opt, scaler, batch, cfg, dtype)
-                pos.step += 1; pos.at += 1; pos.count += good; pos.total += loss if good else 0.
-                pos.bad += not good; pos.bad_row = 0 if good else pos.bad_row + 1
-                if pos.bad_row == 50: raise FloatingPointError(f"{out}: 50 steps in a row gave a loss or gradient that is not finite: lower lr, or set precision to fp32")
-                bar.update(); then,now = now,time.monotonic(); pos.seconds += now - then
-                if pos.step % log_every == 0:
-                    mean = pos.total/max(pos.count, 1)
-                    _log(out, step=pos.step, epoch=pos.epoch, loss=mean, lr=g['lr'], grad_norm=norm if math.isfinite(norm) else None, skipped=pos.bad, seconds=round(pos.seconds, 1))
-                    bar.set_postfix(loss=f'{mean:.4f}', refresh=False)
-                    pos.total,pos.count = 0.,0
-                if stop or now - saved > 60*cfg.save_minutes:
-                    _save_last(out, cfg, model, opt, scaler, pos); saved = now
+                for g in opt.param_groups: g['lr'] = lr_at(pos.step, steps, cfg)
+                loss,norm,good = train_step(model.train(), opt, scaler, batch, cfg, dtype)
+                pos.add(loss, good, -clock + (clock := time.monotonic()))
+                bar.update()
+                if pos.in_row == 50: raise FloatingPointError(f"{out}: 50 steps in a row gave a loss or gradient that is not finite: lower lr, or set precision to fp32")
+                if pos.step % log_every == 0: bar.set_postfix(loss=f'{_log(out, pos.line(g["lr"], norm))["loss"]:.4f}', refresh=False)
+                if stop or clock - saved > 60*cfg.save_minutes: _save_last(out, cfg, model, opt, scaler, pos); saved = clock
                 if stop: raise KeyboardInterrupt(f"{stop[0]}: stopped at step {pos.step}, saved to {out/'last.pt'}; start the same run again to go on")
             pos.epoch += 1; pos.at = 0
-            if len(valid): _log(out, step=pos.step, epoch=pos.epoch, mae=score(predict_rows(model, store, bpp, valid), store, valid)['official'], seconds=round(pos.seconds, 1))
-            now = time.monotonic()
+            if len(valid): _log(out, dict(step=pos.step, epoch=pos.epoch, mae=score(predict_rows(model, store, bpp, valid), store, valid)['official'], seconds=round(pos.seconds, 1)))
             _save_last(out, cfg, model, opt, scaler, pos)
+            clock = time.monotonic()
     save(out/'best.pt', cfg, model=model.state_dict())
     return read_log(out)
 
@@ -360,7 +364,7 @@ def sample_store(
     seed:int=0,
 )->Path:
     "The embedded sample: SIMULATED profiles as a store in datamount/, made when it is not there"
-    path = datamount()/'parquet'/('simulated.parquet' if n == 1000 and not seed else f'simulated_{n}_{seed}.parquet')
+    path = datamount()/'parquet'/f"simulated-{n}{f'-seed{seed}' if seed else ''}.parquet"
     if not path.exists():
         raw = datamount()/'raw'/path.name
         with atomic(raw) as p: simulate(n, seed).to_parquet(p, index=False)
@@ -369,7 +373,7 @@ def sample_store(
 
 def _code_version():
     "Commit of the working tree, with a + when it has changes; None outside a repository"
-    git = lambda *a: subprocess.run(['git', *a], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    git = lambda *a: subprocess.run(['git', *a], cwd=datamount().parent, capture_output=True, text=True).stdout.strip()
     try: return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '-uno')) or None
     except OSError: return None
 
@@ -386,8 +390,9 @@ def train_run(
     device,dtype = resolve(cfg)
     record = dict(cfg=asdict(cfg), data=dict(path=store.path.name, **store.meta))
     out.mkdir(parents=True, exist_ok=True)
-    if (out/'cfg.json').exists() and (old := json.loads((out/'cfg.json').read_text()))['data'] != record['data']:
-        raise ValueError(f"{out} was trained on {old['data']['path']} ({old['data']['sha256'][:8]}), now given {store.path.name} ({store.meta['sha256'][:8]}): choose another run folder")
+    if (out/'cfg.json').exists() and (old := json.loads((out/'cfg.json').read_text())['data']) != record['data']:
+        diff = ', '.join(f'{k}: {old.get(k)!r} there, {v!r} here' for k,v in record['data'].items() if old.get(k) != v)
+        raise ValueError(f"{out} was trained on other data ({diff}): choose another run folder")
     with atomic(out/'cfg.json') as p: p.write_text(json.dumps(record, indent=1))
     bpp = BppStore(bpps or datamount()/'bpp', engine(cfg.engine))
     bpp.fill(store.rows.sequence)

@@ -1,11 +1,13 @@
 import pytest
-from helpers import call
+from helpers import invoke
+from ribo_nb.data import simulate
 
 @pytest.fixture(scope='session')
 def mount(tmp_path_factory):
     "A folder with a store of 60 simulated RNAs, its BPPs and fold 0 as a test set"
     d = tmp_path_factory.mktemp('mount')
-    for args in (('ribo_data','--simulate',60,'--out',d/'store.parquet','--holdout',d/'test'), ('ribo_bpp',d/'store.parquet','--out',d/'bpp')):
-        r = call(*args, cwd=d)
-        assert r.returncode == 0, r.stderr
+    simulate(60, seed=2).to_parquet(d/'raw.parquet')
+    for args in (('ribo_data',d/'raw.parquet','--out',d/'store.parquet','--holdout',d/'test'), ('ribo_bpp',d/'store.parquet','--out',d/'bpp')):
+        r = invoke(*args)
+        assert r.exit_code == 0, r.output
     return d

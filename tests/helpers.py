@@ -18,3 +18,10 @@ def call(*args, cwd=ROOT, timeout=600):
 def start(*args, cwd=ROOT):
     "Start a command in its own session"
     return subprocess.Popen([str(BIN/args[0]), *map(str, args[1:])], cwd=cwd, env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+def invoke(name, *args):
+    "The same command in this process, which saves its start-up → click's Result"
+    from click.testing import CliRunner
+    import ribo_nb.bpp,ribo_nb.data,ribo_nb.infer,ribo_nb.train
+    command = next(getattr(m, name) for m in (ribo_nb.data, ribo_nb.bpp, ribo_nb.train, ribo_nb.infer) if hasattr(m, name))
+    return CliRunner().invoke(command, [str(a) for a in args])

@@ -1,13 +1,14 @@
 "The house itself."
-import configparser,os,subprocess
-from helpers import BIN,ROOT,call,env
+import builtins,configparser,dis,importlib,subprocess,types
+import pytest
+from helpers import BIN,ROOT,env,invoke
 
 def test_every_script_has_help():
     cfg = configparser.ConfigParser(delimiters=['='])
     cfg.read(ROOT/'settings.ini')
     for s in cfg['DEFAULT']['console_scripts'].split():
-        r = call(s.split('=')[0], '--help')
-        assert r.returncode == 0 and 'Usage' in r.stdout and len(r.stdout) > 300
+        r = invoke(s.split('=')[0], '--help')
+        assert r.exit_code == 0 and 'Usage' in r.output and len(r.output) > 300 and (BIN/s.split('=')[0]).exists()
 
 def test_check_passes_and_notices(tmp_path):
     "`make check` accepts this tree, and refuses a back-edge and a lost tag"
@@ -31,3 +32,14 @@ def test_runtime_needs_no_development_package():
     code = 'import sys, ribo_nb.infer; print([m for m in ("fastcore","nbdev","papermill","IPython") if m in sys.modules])'
     r = subprocess.run([str(BIN/'python'), '-c', code], cwd=ROOT, env=env(), capture_output=True, text=True)
     assert r.stdout.strip() == '[]', r.stdout + r.stderr
+
+@pytest.mark.parametrize('name', ['data','bpp','squeezeformer','mamba','train','infer'])
+def test_module_defines_every_name_it_uses(name):
+    "A notebook can hide a missing import, because its lessons import more than it exports"
+    m = importlib.import_module(f'ribo_nb.{name}')
+    def names(code):
+        yield from (i.argval for i in dis.get_instructions(code) if i.opname == 'LOAD_GLOBAL')
+        for c in code.co_consts:
+            if isinstance(c, types.CodeType): yield from names(c)
+    with open(m.__file__) as f: code = compile(f.read(), m.__file__, 'exec')
+    assert {n for n in names(code) if not hasattr(m, n) and not hasattr(builtins, n)} == set()
