@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 CFG    ?= cfg_0
 DATA   ?=
-N      ?= $(if $(DATA),2000,1000)
+N      ?= $(if $(DATA),1500,1000)
 B      := .venv/bin
 NAME   := $(if $(DATA),$(firstword $(subst ., ,$(notdir $(DATA)))),simulated)-$(N)
 STORE  := datamount/parquet/$(NAME).parquet

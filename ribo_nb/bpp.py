@@ -24,7 +24,9 @@ class Vienna:
     def __init__(self, params=None):
         import RNA
         self.params,self.version = params and str(params),RNA.__version__
-        if params and not Path(params).is_file(): raise ValueError(f"{params}: no such parameter file: give a ViennaRNA .par file, or none for Turner 2004")
+        if params:
+            with readable(params, 'a ViennaRNA parameter file (.par)') as p: head = p.read_bytes()[:29]
+            if head != b'## RNAfold parameter file v2.': raise ValueError(f"{params}: does not begin with '## RNAfold parameter file v2.0': give a ViennaRNA .par file, or none for Turner 2004")
     def _load(self, RNA):
         if not _vienna_params:
             if self.params and not RNA.params_load(self.params): raise ValueError(f"{self.params}: ViennaRNA cannot read this parameter file")
@@ -87,15 +89,12 @@ def _write_part(folder, key, hashes, n, ijp):
     lists = {c: pa.ListArray.from_arrays(start, pa.array(a)) for c,a in zip('ijp', ijp, strict=True)}
     table = pa.table(dict(hash=hashes, n=n, **lists)).replace_schema_metadata({'ribo_nb': json.dumps(key)})
     name = hashlib.md5(''.join(hashes).encode()).hexdigest()[:12]
-    with atomic(folder/f'{name}.parquet') as tmp: pq.write_table(table, tmp, compression='zstd')
+    with atomic(folder/f'{name}.parquet') as tmp: pq.write_table(table, tmp, compression='zstd', write_page_checksum=True)
 
 def _read_part(path, key):
     "Its hashes, n and (i, j, p); ValueError when it is damaged or belongs to another version or engine"
-    try:
-        t = pq.read_table(path)
-        found = json.loads((t.schema.metadata or {}).get(b'ribo_nb', b'{}'))
-    except (pa.ArrowInvalid, OSError, ValueError) as e:
-        raise ValueError(f"{path}: this part of the BPP store is damaged ({str(e).splitlines()[0]}): delete it, its sequences will be folded again") from e
+    with readable(path, 'a part of the BPP store; delete it, its sequences will be folded again'): t = pq.read_table(path, page_checksum_verification=True)
+    found = json.loads((t.schema.metadata or {}).get(b'ribo_nb', b'{}'))
     if found != key: raise ValueError(f"{path}: made by {found}, expected {key}: move it away, its sequences will be folded again")
     return t['hash'].to_pylist(),t['n'].to_numpy(),[t[c].combine_chunks().flatten().to_numpy(zero_copy_only=False) for c in 'ijp']
 
@@ -219,14 +218,7 @@ def read_sequences(
     path, # CSV or Parquet with a column `sequence`: a store, a raw table, a test set
 )->list:
     "The distinct sequences of a table; ValueError when there are none, or a letter is not a nucleotide"
-    path = Path(path)
-    try:
-        if path.suffix == '.parquet': seqs = pq.read_table(path, columns=['sequence'])['sequence'].to_pylist()
-        else: seqs = pd.read_csv(path, usecols=['sequence'])['sequence'].tolist()
-    except FileNotFoundError as e: raise ValueError(f"{path}: no such file") from e
-    except (pa.ArrowInvalid, KeyError, ValueError, OSError) as e:
-        raise ValueError(f"{path}: no column 'sequence' can be read ({str(e).splitlines()[0]}): expected a store, or a table in Kaggle's format") from e
-    if not seqs: raise ValueError(f"{path}: the table has no rows")
+    seqs = read_table(path, ['sequence']).sequence.tolist()
     return list(dict.fromkeys(clean_sequences(seqs, path)))
 
 @command()
@@ -234,8 +226,8 @@ def read_sequences(
 @click.option('--out', type=click.Path(path_type=Path), help='Folder of the BPP store.  [default: datamount/bpp]')
 @click.option('--engine', 'name', default='vienna', type=click.Choice(list(engines)), help='Folding engine.')
 @click.option('--params', type=click.Path(path_type=Path), help="Parameter file in the engine's own format.  [default: the engine's]")
-@click.option('--threshold', default=1e-3, help='Smallest probability kept.')
-@click.option('--jobs', default=-1, help='Processes; -1 is one per core.')
+@click.option('--threshold', default=1e-3, type=click.FloatRange(0, 1, max_open=True), help='Smallest probability kept.')
+@click.option('--jobs', default=-1, type=click.IntRange(-1), help='Processes; -1 is one per core.')
 def ribo_bpp(table, out, name, params, threshold, jobs):
     "Fold every sequence of TABLE (a store, or any CSV or Parquet with a column `sequence`) that the BPP store lacks."
     seqs = read_sequences(table)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERSION', 'COLORS', 'encode', 'decode', 'datamount',
-           'atomic', 'progress', 'Command', 'contexts', 'wide_columns', 'sequence_id', 'simulate', 'read_raw',
-           'pair_profiles', 'cluster', 'assign_folds', 'sha256', 'write_store', 'Store', 'plot_profile', 'plot_heatmap',
-           'collate', 'training_batch', 'epoch_batches', 'held_out', 'write_holdout', 'ribo_data']
+           'check_target', 'atomic', 'progress', 'Command', 'contexts', 'wide_columns', 'sequence_id', 'simulate',
+           'is_parquet', 'readable', 'read_table', 'numbers', 'read_raw', 'pair_profiles', 'cluster', 'assign_folds',
+           'sha256', 'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch',
+           'epoch_batches', 'held_out', 'write_holdout', 'ribo_data']
 
-# %% ../nbs/00_data.ipynb #be04d47f
-import hashlib,json,os,re,sys,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq
+# %% ../nbs/00_data.ipynb #a70904f5
+import hashlib,json,os,re,sys,tempfile,zlib,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.csv as pv,pyarrow.parquet as pq
 import matplotlib.pyplot as plt,seaborn as sns,torch
 from contextlib import contextmanager
 from functools import cache,partial
@@ -48,14 +49,26 @@ def datamount()->Path: # the folder for data and runs, never in git
     root = next((p for p in (here, *here.parents) if (p/'settings.ini').exists() and (p/'nbs').is_dir()), here)
     return root/'datamount'
 
-# %% ../nbs/00_data.ipynb #19d4cf9d
+# %% ../nbs/00_data.ipynb #2689c2d0
+def check_target(
+    path, # the file to be
+    *sources, # files that are read for it
+)->Path:
+    "Raise ValueError, before any work is done, when `path` cannot be written or would overwrite its own source"
+    path = Path(path)
+    if not path.name: raise ValueError(f"the output {str(path)!r} has no name: name a file to write")
+    if path.exists() and not path.is_file(): raise ValueError(f"{path}: is a folder or a device: name a file to write")
+    if any(path.exists() and Path(s).exists() and path.samefile(s) for s in sources): raise ValueError(f"{path}: is the input itself: give another output")
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f"{path.parent}: cannot be made a folder ({e.strerror}): choose another output") from e
+    return path
+
 @contextmanager
 def atomic(
     path, # the file to be
 ):
     "Yields a temporary path that becomes `path` when the block ends well, and vanishes when it does not"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = check_target(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         yield tmp
@@ -89,7 +102,7 @@ class Command(click.Command):
     "A command whose ValueError or OSError is a message, with exit code 1"
     def invoke(self, ctx):
         try: return super().invoke(ctx)
-        except (ValueError, OSError) as e: raise click.ClickException(str(e)) from e
+        except (ValueError, OSError, EOFError) as e: raise click.ClickException(str(e)) from e
 
 command = partial(click.command, cls=Command, context_settings=dict(show_default=True, help_option_names=['-h','--help'], max_content_width=110))
 
@@ -158,7 +171,7 @@ def _flexibility(
 )->np.ndarray: # share of the draws in which each nucleotide is in each context, (l 4)
     "How often each nucleotide is in each of `CONTEXTS`, in the thermodynamic ensemble"
     import RNA
-    RNA.init_rand(seed)
+    RNA.init_rand(seed % 2**32)
     md = RNA.md()
     md.uniq_ML,md.compute_bpp = 1,0
     fc = RNA.fold_compound(sequence, md)
@@ -230,57 +243,106 @@ def simulate(
     r,e = wide_columns(n_col)
     return pd.concat([pd.DataFrame(rows), pd.DataFrame(np.hstack(np.stack(values, 1)), columns=r+e)], axis=1)
 
+# %% ../nbs/00_data.ipynb #451bbf25
+def is_parquet(path): return Path(path).suffix.lower() in ('.parquet','.pq')
+
+@contextmanager
+def readable(
+    path,
+    expected:str, # what the file should be
+):
+    "Errors of any reader of `path` as one ValueError"
+    path = Path(path)
+    if not path.exists(): raise ValueError(f"{path}: no such file")
+    if not path.is_file(): raise ValueError(f"{path}: is a folder or a device, expected {expected}")
+    if not path.stat().st_size: raise ValueError(f"{path}: the file is empty, expected {expected}: download or write it again")
+    try: yield path
+    except (pa.ArrowException, pd.errors.ParserError, UnicodeDecodeError, OSError, EOFError, zlib.error) as e:
+        text = str(e).splitlines()[0]
+        if 'conversion error' in text: raise ValueError(f"{path}: a value is not of its column's type ({text}; rows counted with the header): correct it, or leave it blank if it was not measured") from e
+        raise ValueError(f"{path}: cannot be read ({text}), expected {expected}: the file is damaged or cut short, download or write it again") from e
+
+def read_table(
+    path, # CSV (also gzip) or Parquet
+    columns=None, # only these; ValueError when one is missing
+)->pd.DataFrame:
+    "A whole table; ValueError names the file and what is wrong with it"
+    with readable(path, 'a CSV or Parquet table') as p:
+        names = pq.read_schema(p).names if is_parquet(p) else pd.read_csv(p, nrows=0).columns.tolist()
+        if missing := [c for c in columns or [] if c not in names]: raise ValueError(f"{p}: column(s) {', '.join(missing)} are missing, it has {', '.join(map(str, names[:8]))}{' …' if names[8:] else ''}")
+        df = pd.read_parquet(p, columns=columns) if is_parquet(p) else pd.read_csv(p, usecols=columns)
+    if df.empty: raise ValueError(f"{p}: the table has no rows")
+    return df
+
+def numbers(
+    df:pd.DataFrame,
+    columns, # that have to be numbers
+    path, # named in errors
+    whole:bool=False, # and whole ones
+)->pd.DataFrame: # with these columns as float64 or int64
+    "Raise ValueError, with file and row, for the first value that is not a number"
+    out = df.copy()
+    for c in columns:
+        x = pd.to_numeric(df[c], errors='coerce').astype(float)
+        bad = ~np.isfinite(x) | (x != x.round()) if whole else np.isinf(x) | (x.isna() & df[c].notna())
+        if bad.any(): raise ValueError(f"{path}, row {int(bad.to_numpy().argmax())+1}: {c} is {df[c][bad].iloc[0]!r}, expected a {'whole ' if whole else ''}number")
+        out[c] = x.astype(np.int64) if whole else x
+    return out
+
 # %% ../nbs/00_data.ipynb #72e3fdda
-_needed = 'sequence','experiment_type','dataset_name','reads','signal_to_noise','SN_filter'
+_texts,_values = ('sequence_id','sequence','experiment_type','dataset_name'),('reads','signal_to_noise','SN_filter')
 
 def _check_header(path, names):
     "Number of reactivity columns, after a look at the header"
     if 'sequence_id' not in names and 'id' not in names: raise ValueError(f"{path}: no column 'sequence_id' (or 'id'): is this Kaggle's train_data?")
     n = sum(bool(re.fullmatch(r'reactivity_\d+', c)) for c in names)
-    r,e = wide_columns(n)
-    if missing := [c for c in (*_needed, *r, *e) if c not in names] or ([] if n else ['reactivity_0001']):
+    needed = [*_texts[1:], *_values, *sum(wide_columns(max(n, 1)), [])]
+    if missing := [c for c in needed if c not in names]:
         raise ValueError(f"{path}: column(s) {', '.join(missing[:5])}{' …' if missing[5:] else ''} are missing: "
                          "Kaggle's train_data has them all, take the original file")
     return n
 
-# %% ../nbs/00_data.ipynb #b0460fe0
-def _csv_batches(path):
-    head = pv.open_csv(path, read_options=pv.ReadOptions(block_size=1<<20)).schema.names
-    n = _check_header(path, head)
-    types = {c: pa.float32() for c in sum(wide_columns(n), [])} | dict(signal_to_noise=pa.float32(), reads=pa.float32(), SN_filter=pa.float32())
-    types |= {c: pa.string() for c in ('sequence_id','id','sequence','experiment_type','dataset_name') if c in head}
-    opts = pv.ConvertOptions(column_types=types, include_columns=list(types), null_values=['','NaN','nan','NA','null'])
-    yield from pv.open_csv(path, convert_options=opts, read_options=pv.ReadOptions(block_size=8<<20))
-
 def _batches(path:Path):
-    "Record batches of a CSV or Parquet table; a file that cannot be read is one ValueError"
-    if not path.exists(): raise ValueError(f"{path}: no such file")
-    if not path.stat().st_size: raise ValueError(f"{path}: the file is empty: download it again")
-    try:
-        if path.suffix == '.parquet':
-            f = pq.ParquetFile(path)
-            n = _check_header(path, f.schema_arrow.names)
-            cols = [c for c in f.schema_arrow.names if c in {'sequence_id','id',*_needed,*sum(wide_columns(n), [])}]
-            yield from f.iter_batches(2048, columns=cols)
-        else: yield from _csv_batches(path)
-    except (pa.ArrowInvalid, OSError) as e:
-        raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0]}): the file is damaged or cut short, download it again") from e
+    "Arrow tables with text in `_texts` and float32 in all other columns; a file that cannot be read is one ValueError"
+    with readable(path, "a CSV or Parquet table in Kaggle's wide format"):
+        if is_parquet(path): names = pq.read_schema(path).names
+        else: names = pv.open_csv(path, read_options=pv.ReadOptions(block_size=1<<20)).schema.names
+        n = _check_header(path, names)
+        key = 'sequence_id' if 'sequence_id' in names else 'id'
+        schema = pa.schema([(c, pa.string()) for c in (key, *_texts[1:])] + [(c, pa.float32()) for c in (*_values, *sum(wide_columns(n), []))])
+        rename = ['sequence_id', *schema.names[1:]]
+        if is_parquet(path): source = pq.ParquetFile(path).iter_batches(2048, columns=schema.names)
+        else:
+            opts = pv.ConvertOptions(column_types=schema, include_columns=schema.names, null_values=['','NaN','nan','NA','null'], strings_can_be_null=True)
+            opts.column_types = {**opts.column_types, 'SN_filter': pa.string()}
+            source = pv.open_csv(path, convert_options=opts, read_options=pv.ReadOptions(block_size=8<<20))
+        for b in source: yield pa.table([_cast(path, b[c], c, schema.field(c).type) for c in schema.names], names=rename)
+
+def _cast(path, column, name, to):
+    "One column as text or float32; SN_filter may also say true and false"
+    if name == 'SN_filter' and pa.types.is_string(column.type): column = pc.replace_with_mask(column, pc.is_in(low := pc.utf8_lower(column), pa.array(['true','false'])), pc.if_else(pc.equal(low, 'true'), '1', '0').filter(pc.is_in(low, pa.array(['true','false']))))
+    if to == pa.string() and not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_dictionary(column.type)):
+        raise ValueError(f"{path}: column {name} is {column.type}, expected text")
+    try: return column.cast(to)
+    except pa.ArrowException as e: raise ValueError(f"{path}: column {name} holds something that is not a number ({str(e).splitlines()[0]}): correct it, or leave it blank if it was not measured") from e
 
 # %% ../nbs/00_data.ipynb #533ef3d7
-def _check_rows(path, df, x, first):
+def _check_rows(path, df, x, e, first):
     "Raise ValueError for the first row of this batch that is not what the format promises"
     def stop(bad, text):
         if len(rows := np.flatnonzero(bad)): raise ValueError(f"{path}, row {first+rows[0]+1} ({df.sequence_id.iloc[rows[0]]}): {text(rows[0])}")
-    n,length = x.shape[1],df.sequence.str.len().to_numpy()
-    stop(df[['sequence_id','sequence','experiment_type','dataset_name']].isna().any(axis=1), lambda i: 'an id, sequence, type or data set is blank: fill it or drop the row')
+    stop((df[list(_texts)].fillna('').apply(lambda c: c.str.strip()) == '').any(axis=1), lambda i: 'an id, sequence, type or data set is blank: fill it or drop the row')
     letters = df.sequence.str.fullmatch('[ACGUTacgut]+').to_numpy(bool)
     stop(~letters, lambda i: f"the sequence contains {sorted(set(df.sequence.iloc[i].upper())-set(NTS+'T'))}, expected only {NTS} (or T): resolve the letter or drop the row")
     types = [f'{m}_MaP' for m in MODS]
     stop(~df.experiment_type.isin(types), lambda i: f"experiment_type is {df.experiment_type.iloc[i]!r}, expected one of {types}: drop the row, other chemistries have other scales")
+    stop(~df.SN_filter.isin([0, 1]), lambda i: f"SN_filter is {df.SN_filter.iloc[i]}, expected 0 or 1: it says whether signal_to_noise > 1 and reads > 100")
+    n,length = x.shape[1],df.sequence.str.len().to_numpy()
     stop(length > n, lambda i: f"the sequence has {length[i]} nt but the table only {n} reactivity columns: the table was cut, take the original file")
     beyond = ~np.isnan(x) & (np.arange(n) >= length[:,None])
     stop(beyond.any(1), lambda i: f"the sequence has {length[i]} nt but reactivity_{np.flatnonzero(beyond[i])[-1]+1:04d} is measured: sequence and profile do not belong together")
-    stop(np.isinf(x).any(1), lambda i: "a reactivity is infinite: leave blank what was not measured")
+    stop((abs(x) > 1e4).any(1), lambda i: "a reactivity is beyond ±10000: leave blank what was not measured")
+    stop(np.isinf(e).any(1) | (e < 0).any(1) | np.isinf(df.signal_to_noise), lambda i: "an error is negative or infinite, or signal_to_noise is infinite: leave blank what was not measured")
 
 # %% ../nbs/00_data.ipynb #3c6314d7
 def read_raw(
@@ -290,11 +352,10 @@ def read_raw(
     "Read and check the raw table; raises ValueError with file, row and remedy"
     path,first,dfs,react,err = Path(path),0,[],[],[]
     for batch in progress(_batches(path), f'read {path.name}', unit='batch'):
-        df = batch.select([c for c in ('sequence_id','id',*_needed) if c in batch.schema.names]).to_pandas()
-        if 'sequence_id' not in df: df = df.rename(columns={'id':'sequence_id'})
-        n = sum(c.startswith('reactivity_error_') for c in batch.schema.names)
-        x,e = (np.stack([batch[c].to_numpy(zero_copy_only=False) for c in cols], 1).astype(np.float32) for cols in wide_columns(n))
-        _check_rows(path, df, x, first)
+        df = batch.select([*_texts, *_values]).to_pandas()
+        n = (batch.num_columns - df.shape[1])//2
+        x,e = (np.stack([batch[c].to_numpy() for c in cols], 1) for cols in wide_columns(n))
+        _check_rows(path, df, x, e, first)
         df['row'] = np.arange(first+1, first+1+len(df))
         first += len(df)
         df['sequence'] = df.sequence.str.upper().str.replace('T', 'U')
@@ -328,18 +389,16 @@ def pair_profiles(
 
 # %% ../nbs/00_data.ipynb #1642b838
 def _words(sequences, k):
-    "Distinct (k-mer, sequence) pairs without the words that everybody has: two int arrays, sorted by k-mer, then sequence"
+    "Distinct (k-mer, sequence) pairs of the parts between the constant ends: two int arrays, sorted by k-mer, then sequence"
     kmer,owner = [np.empty(0, np.int64)],[np.empty(0, np.int64)]
     for i,s in enumerate(sequences):
-        ids = encode(s).astype(np.int64) - 1
+        ids = encode(s.removeprefix(FLANK5).removesuffix(FLANK3)).astype(np.int64) - 1
         if len(ids) >= k:
             kmer.append(np.unique(np.lib.stride_tricks.sliding_window_view(ids, k) @ 4**np.arange(k)))
             owner.append(np.full(len(kmer[-1]), i))
     kmer,owner = np.concatenate(kmer),np.concatenate(owner)
     order = np.argsort(kmer, kind='stable')
-    _,word,size = np.unique(kmer[order], return_inverse=True, return_counts=True)
-    keep = size[word] <= max(50, len(sequences)/20)
-    return word[keep],owner[order][keep]
+    return np.unique(kmer[order], return_inverse=True)[1],owner[order]
 
 def _proposals(sequences, k):
     "Pairs of sequences that share a k-mer: neighbours in its list, and each with the first (2 pairs)"
@@ -375,6 +434,7 @@ def assign_folds(
     seed:int=0,
 )->np.ndarray: # fold of each row, 0..n_fold-1, int16, (n)
     "Whole families to folds, balanced within each data set"
+    if n_fold > (n := len(set(family))): raise ValueError(f"{n_fold} folds, but only {n} families of similar sequences: give fewer folds")
     rng = np.random.default_rng(seed)
     data = pd.factorize(dataset, sort=True)[0]
     count = pd.DataFrame(dict(family=family, data=data)).value_counts().unstack(fill_value=0).sort_index()
@@ -383,7 +443,8 @@ def assign_folds(
     for i,c in zip(order, count.to_numpy()[order]):
         fold[i] = f = np.lexsort([load.sum(1), load @ (c > 0)])[0]
         load[f] += c
-    return fold[np.searchsorted(count.index.to_numpy(), family)]
+    rank = np.argsort(np.argsort(load.sum(1), kind='stable')).astype(np.int16)  # fold 0 becomes the smallest
+    return rank[fold[np.searchsorted(count.index.to_numpy(), family)]]
 
 # %% ../nbs/00_data.ipynb #69b035aa
 STORE_VERSION = 1
@@ -405,6 +466,7 @@ def write_store(
     sample:int|None=None, # keep only this many sequences, drawn at random
 )->pd.DataFrame: # the store's rows, without profiles
     "Raw table → store: checked, joined, with families and folds; all or nothing"
+    check_target(path, raw)
     keep = _draw(raw, sample, seed) if sample else None
     df,react,err = read_raw(raw, keep)
     rows = pair_profiles(df, raw)
@@ -419,7 +481,7 @@ def write_store(
         rows[f'reactivity_{m}'],rows[f'reactivity_error_{m}'] = at,at
     table = pa.table({c: _lists(react if 'error' not in c else err, length, rows[c], own) if c.startswith('reactivity') else pa.array(rows[c]) for c in rows})
     meta = dict(version=STORE_VERSION, source=Path(raw).name, sha256=sha256(raw), n_fold=n_fold, seed=seed, sample=sample)
-    with atomic(path) as tmp: pq.write_table(table.replace_schema_metadata({'ribo_nb': json.dumps(meta)}), tmp, compression='zstd')
+    with atomic(path) as tmp: pq.write_table(table.replace_schema_metadata({'ribo_nb': json.dumps(meta)}), tmp, compression='zstd', write_page_checksum=True)
     return rows.loc[:, ~rows.columns.str.startswith('reactivity')]
 
 # %% ../nbs/00_data.ipynb #20ee0184
@@ -437,9 +499,7 @@ class Store:
         path, # written by `write_store`
     ):
         self.path = Path(path)
-        if not self.path.exists(): raise ValueError(f"{path}: no such store: make one with `ribo_data RAW --out {path}`")
-        try: t = pq.read_table(path)
-        except (pa.ArrowInvalid, OSError) as e: raise ValueError(f"{path}: the store is damaged ({str(e).splitlines()[0]}): make it again with ribo_data") from e
+        with readable(path, 'a store made by ribo_data'): t = pq.read_table(path, page_checksum_verification=True)
         self.meta = json.loads((t.schema.metadata or {}).get(b'ribo_nb', b'{}'))
         if (v := self.meta.get('version')) != STORE_VERSION:
             raise ValueError(f"{path}: store version is {v}, expected {STORE_VERSION}: convert the raw table again with ribo_data")
@@ -574,7 +634,7 @@ def write_holdout(
 @click.option('--simulate', 'n_sim', type=click.IntRange(1), help='No RAW? Simulate this many sequences and write their raw table first.')
 @click.option('--sample', type=click.IntRange(1), help='Keep only this many sequences, drawn at random (all their measurements).')
 @click.option('--folds', default=4, type=click.IntRange(2), help='Cross-validation folds; families of similar sequences stay together.')
-@click.option('--seed', default=0, help='Of the simulation, the sample and the folds.')
+@click.option('--seed', default=0, type=click.IntRange(0), help='Of the simulation, the sample and the folds.')
 @click.option('--holdout', type=click.Path(path_type=Path), help="Also write fold 0 as Kaggle's test_sequences.csv and solution.parquet into this folder.")
 def ribo_data(raw, out, n_sim, sample, folds, seed, holdout):
     "Turn RAW, a table of reactivity profiles in Kaggle's wide format (CSV, CSV.gz or Parquet), into a store."

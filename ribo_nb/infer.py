@@ -33,12 +33,10 @@ def load(
     paths = [Path(p) for p in (what if isinstance(what, (list, tuple)) else [what])]
     if not paths: raise ValueError('no checkpoint given: name a run folder or a .pt file')
     paths = [p/'best.pt' if p.is_dir() else p for p in paths]
-    cks = [load_checkpoint(p) for p in paths]
-    for p,c in zip(paths, cks, strict=True):
-        if c['cfg'].engine != cks[0]['cfg'].engine: raise ValueError(f"{p} was trained on {c['cfg'].engine} BPPs, {paths[0]} on {cks[0]['cfg'].engine}: predict with them separately")
-    members = [build(c['cfg']) for c in cks]
-    for m,c in zip(members, cks, strict=True): m.load_state_dict(c['model'])
-    return Ensemble(members, [c['cfg'] for c in cks]).to(resolve(replace(cks[0]['cfg'], device=device))[0]).eval()
+    members,cfgs = zip(*map(load_model, paths), strict=True)
+    for p,c in zip(paths, cfgs, strict=True):
+        if c.engine != cfgs[0].engine: raise ValueError(f"{p} was trained on {c.engine} BPPs, {paths[0]} on {cfgs[0].engine}: predict with them separately")
+    return Ensemble(members, cfgs).to(resolve(replace(cfgs[0], device=device))[0]).eval()
 
 # %% ../nbs/05_infer.ipynb #08671370
 def _predict(model, sequences, bpp, batch_size=32):
@@ -75,14 +73,13 @@ def read_fasta(
 )->pd.DataFrame: # name, sequence
     "Records of a FASTA file; ValueError names file, record and remedy"
     path,names,seqs = Path(path),[],[]
-    try:
-        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8', newline=None) as f:
+    with readable(path, "FASTA, lines of '>name' and sequence"):
+        with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig', newline=None) as f:
             for n,line in enumerate(f, 1):
                 if not (line := line.strip()): continue
                 if line[0] == '>': names.append(line[1:].split()[0] if line[1:].split() else f'record_{len(names)+1}'); seqs.append([])
                 elif not names: raise ValueError(f"{path}, line {n}: found {line[:20]!r}, expected '>name': is this FASTA?")
                 else: seqs[-1].append(line)
-    except (OSError, EOFError, UnicodeDecodeError) as e: raise ValueError(f"{path}: cannot be read as text ({e}): expected FASTA, plain or gzipped") from e
     if not names: raise ValueError(f"{path}: no records: expected lines of '>name' and sequence")
     df = pd.DataFrame(dict(name=names, sequence=[''.join(s) for s in seqs]))
     if (twice := df.name.duplicated()).any(): raise ValueError(f"{path}, record {twice.idxmax()+1}: the name {df.name[twice.idxmax()]!r} is used twice: rename one")
@@ -93,17 +90,17 @@ def read_test(
     path, # CSV (also .gz) or Parquet with `sequence`, and `id_min`, `id_max` for a submission
 )->pd.DataFrame: # name, sequence and, if the file has them, id_min and id_max, in id order
     "Sequences to predict from a table; ValueError names file, row and remedy"
-    path = Path(path)
-    try: df = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path)
-    except (OSError, EOFError, ValueError, pa.ArrowInvalid) as e: raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0]}): expected a CSV or Parquet table with a column 'sequence'") from e
+    df = read_table(path)
     if 'sequence' not in df: raise ValueError(f"{path}: no column 'sequence', it has {', '.join(map(str, df.columns[:8]))}")
-    if df.empty: raise ValueError(f"{path}: the table has no rows")
     def stop(k, text): raise ValueError(f"{path}, row {df.index[k]+1}: {text}")
     df['sequence'] = clean_sequences(df.sequence, path)
     df['name'] = df['sequence_id'] if 'sequence_id' in df else df['name'] if 'name' in df else df.sequence.map(sequence_id)
+    if (blank := df.name.isna() | (df.name == '')).any(): stop(int(blank.to_numpy().argmax()), 'the id is blank: fill it in')
     if (twice := df.name.duplicated()).any(): stop(int(twice.to_numpy().argmax()), f"id {df.name[twice].iloc[0]} appears twice: drop one of the rows")
-    if not {'id_min','id_max'} <= set(df): return df[['name','sequence']]
-    df = df.sort_values('id_min')
+    if (have := {'id_min','id_max'} & set(df)) and len(have) < 2: raise ValueError(f"{path}: has {have.pop()} but not both id_min and id_max: a submission needs both, a table of predictions neither")
+    if not have: return df[['name','sequence']]
+    df = numbers(df, ['id_min','id_max'], path, whole=True).sort_values('id_min')
+    if df.id_min.iloc[0] < 0: stop(0, f"id_min is {df.id_min.iloc[0]}, expected 0 or more")
     n,lo,hi = df.sequence.str.len().to_numpy(),df.id_min.to_numpy(),df.id_max.to_numpy()
     if (bad := hi - lo + 1 != n).any(): stop(k := int(bad.argmax()), f"ids {lo[k]} to {hi[k]} are {hi[k]-lo[k]+1} positions, but the sequence has {n[k]} nt")
     if (bad := lo[1:] != hi[:-1] + 1).any(): stop(k := int(bad.argmax()) + 1, f"ids begin at {lo[k]}, but the row before ends at {hi[k-1]}")
@@ -138,45 +135,53 @@ def write_submission(
     if rows != test.id_max.iloc[-1] - test.id_min.iloc[0] + 1: raise ValueError(f"{path}: {rows} rows written, expected {test.id_max.iloc[-1] - test.id_min.iloc[0] + 1}")
     return rows
 
-# %% ../nbs/05_infer.ipynb #d3255dd9
-def _read_submission(path):
-    "The three columns of a submission or solution, and Usage; ValueError when one is missing"
-    try: df = pd.read_parquet(path) if str(path).endswith('.parquet') else pd.read_csv(path)
-    except (OSError, ValueError, EOFError, pa.ArrowInvalid) as e: raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0]})") from e
+# %% ../nbs/05_infer.ipynb #8624ddd0
+def _read_ids(path, *more):
+    "The three columns of a submission or solution, in id order, and `more` where there; ValueError names file and row"
+    df = read_table(path)
     if missing := [c for c in _schema.names if c not in df]: raise ValueError(f"{path}: column(s) {', '.join(missing)} are missing")
+    df = numbers(numbers(df, _schema.names[1:], path), ['id'], path, whole=True)
     if (twice := df.id.duplicated()).any(): raise ValueError(f"{path}, row {twice.idxmax()+1}: id {df.id[twice.idxmax()]} appears twice")
-    return df
+    return df[_schema.names + [c for c in more if c in df]].sort_values('id').set_index('id')
+
+def _read_solution(path):
+    "Reactivity by id, columns in the order of MODS, NaN where Kaggle ignores it"
+    sol = _read_ids(path, 'Usage')
+    use = sol.pop('Usage').astype(str).str.lower() if 'Usage' in sol else pd.Series('private', sol.index)
+    if (bad := ~use.isin(['public','private','ignored'])).any(): raise ValueError(f"{path}: Usage of id {bad.idxmax()} is {use[bad.idxmax()]!r}, expected Public, Private or Ignored")
+    return sol[[f'reactivity_{m}_MaP' for m in MODS]].where(use != 'ignored')
+
+def _score(pred, truth, who):
+    "Official metric of one prediction; both (positions m)"
+    total,n = absolute_errors(np.asarray(pred)[None], np.asarray(truth)[None], [[True, True]])
+    if not n: raise ValueError(f"{who}: no position counts: all are blank or ignored")
+    return dict(zip(MODS, (total/n).tolist(), strict=True)) | dict(official=float(total.mean()/n), positions=n)
 
 def score_submission(
     submission, # file
     solution, # file with the same ids
 )->dict: # 2A3, DMS, official, positions
     "Official metric of a submission file; ValueError when it does not cover the solution"
-    sub,sol = _read_submission(submission),_read_submission(solution)
-    sub = sub.set_index('id').reindex(sol.id)
-    cols = [f'reactivity_{m}_MaP' for m in MODS]
-    if (gone := sub[cols].isna().any(axis=1)).any(): raise ValueError(f"{submission}: id {gone.idxmax()} and {int(gone.sum())-1} others of the solution are missing or blank: the submission is not complete")
-    y = sol[cols].where(sol['Usage'] != 'Ignored') if 'Usage' in sol else sol[cols]
-    total,n = absolute_errors(sub[cols].to_numpy()[None], y.to_numpy()[None], [[True, True]])
-    if not n: raise ValueError(f"{solution}: no position counts: all are blank or ignored")
-    return dict(zip(MODS, (total/n).tolist())) | dict(official=float(total.mean()/n), positions=n)
+    truth = _read_solution(solution)
+    pred = _read_ids(submission)[truth.columns].reindex(truth.index)
+    if (gone := pred.isna().any(axis=1)).any(): raise ValueError(f"{submission}: {int(gone.sum())} ids of the solution are missing or blank, the first is {gone.idxmax()}: the submission is not complete")
+    return _score(pred, truth, solution)
 
 def score_baselines(
     solution, # file
-    test:pd.DataFrame, # its sequences, from `read_test`
+    test:pd.DataFrame, # its sequences with id_min and id_max, from `read_test`
     store:Store, # to fit on; sequences of the test set in it are left out
     bpp:BppStore,
 )->dict: # name → dict(2A3, DMS, official, positions)
     "The three lookup tables on the same positions"
-    rows = np.flatnonzero(~store.rows.sequence.isin(set(test.sequence)))
+    if 'id_min' not in test: raise ValueError('the test table has no id_min and id_max: baselines cannot be matched with the solution')
+    rows,truth = np.flatnonzero(~store.rows.sequence.isin(set(test.sequence))),_read_solution(solution)
     if not len(rows): raise ValueError(f"{store.path}: all its sequences are in the test set, nothing is left to fit a baseline on")
+    ids = np.arange(test.id_min.iloc[0], test.id_max.iloc[-1] + 1)
+    if len(gone := truth.index.difference(ids)): raise ValueError(f"{solution}: id {gone[0]} belongs to no sequence of the test table: give the table that belongs to this solution")
     bpp.fill([*store.rows.sequence.iloc[rows], *test.sequence])
-    sol,out = _read_submission(solution),{}
-    y = sol[[f'reactivity_{m}_MaP' for m in MODS]].where(sol['Usage'] != 'Ignored').to_numpy()
-    for name,preds in baselines(store, rows, test.sequence.tolist(), bpp).items():
-        total,n = absolute_errors(np.concatenate(preds)[None], y[None], [[True, True]])
-        out[name] = dict(zip(MODS, (total/n).tolist())) | dict(official=float(total.mean()/n), positions=n)
-    return out
+    preds = baselines(store, rows, test.sequence.tolist(), bpp)
+    return {k: _score(pd.DataFrame(np.concatenate(p), ids).loc[truth.index], truth, solution) for k,p in preds.items()}
 
 # %% ../nbs/05_infer.ipynb #cda52256
 def plot_prediction(
@@ -228,9 +233,9 @@ def infer_file(
     figures=None, # folder
 )->str: # what was done, in one line
     "Predict a file: a submission where it has id_min and id_max, else a table"
-    source = Path(source)
+    source,out = Path(source),check_target(out, source)
     if not str(out).endswith(('.parquet','.csv')): raise ValueError(f"{out}: the output is a .parquet or .csv file")
-    test = read_test(source) if source.name.removesuffix('.gz').endswith(('.csv','.parquet')) else read_fasta(source)
+    test = read_test(source) if source.name.lower().removesuffix('.gz').endswith(('.csv','.parquet','.pq')) else read_fasta(source)
     submission = 'id_min' in test
     if submission: n = write_submission(model, test, out, bpp)
     head = test.head(1000) if submission else test

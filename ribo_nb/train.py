@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['cfg_0', 'cfg_mamba', 'cfg_demo', 'cfgs', 'CKPT_VERSION', 'check_parameters', 'Cfg', 'make_cfg', 'build',
            'n_parameters', 'absolute_errors', 'official_mae', 'baselines', 'sn_weight', 'masked_mae', 'resolve',
-           'to_device', 'predict_rows', 'score', 'save', 'load_checkpoint', 'lr_at', 'make_optimizer', 'train_step',
-           'Progress', 'stoppable', 'train', 'read_log', 'sample_store', 'train_run', 'final_scores', 'plot_log',
-           'plot_scores', 'plot_pred', 'ribo_train']
+           'to_device', 'predict_rows', 'score', 'save', 'load_checkpoint', 'fits', 'load_model', 'lr_at',
+           'make_optimizer', 'train_step', 'Progress', 'check_same', 'stoppable', 'train', 'read_log', 'sample_store',
+           'check_trainable', 'train_run', 'final_scores', 'plot_log', 'plot_scores', 'plot_pred', 'ribo_train']
 
-# %% ../nbs/04_train.ipynb #2a957d9b
-import ast,json,math,os,platform,signal,subprocess,time,click,numpy as np,pandas as pd,torch
+# %% ../nbs/04_train.ipynb #f0bfff4b
+import ast,json,math,os,platform,signal,subprocess,time,zipfile,click,numpy as np,pandas as pd,torch
 import matplotlib.pyplot as plt,seaborn as sns
 from contextlib import contextmanager
 from dataclasses import asdict,dataclass,fields,replace
@@ -63,9 +63,14 @@ class Cfg:
             v = getattr(self, f.name)
             if f.type is float and type(v) is int: object.__setattr__(self, f.name, float(v))
             elif type(v) is not f.type: raise ValueError(f"Cfg.{f.name} is {v!r}, expected {f.type.__name__}")
+        for name,(low,high) in _ranges.items():
+            if not low <= getattr(self, name) <= high: raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected {low} to {high}")
+        if self.d_model % self.n_head: raise ValueError(f"Cfg.d_model is {self.d_model}, expected a multiple of n_head={self.n_head}")
         for name,allowed in _choices.items():
             if getattr(self, name) not in allowed: raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
 
+_ranges = dict(d_model=(1, 4096), n_layer=(1, 200), n_head=(1, 256), kernel_size=(1, 999), d_state=(1, 4096), dropout=(0, .95), fold=(-1, 999),
+               n_epoch=(1, 10**6), batch_size=(1, 10**6), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4))
 _choices = dict(model=('squeezeformer','mamba'), engine=tuple(engines), weight=('none','SN_filter','log1p'),
                 precision=('auto','fp32','bf16','fp16'), device=('auto','cpu','cuda'))
 
@@ -171,6 +176,7 @@ def resolve(
     "Device and precision that `auto` stands for on this machine"
     name = cfg.device
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, also in convolutions
     if name == 'cuda' and not torch.cuda.is_available(): raise ValueError("Cfg.device is 'cuda', but PyTorch sees no GPU here: use 'auto' or 'cpu'")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision)
     if dtype is None:
@@ -207,7 +213,7 @@ def score(
     good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows]
     parts = [absolute_errors(p[None], store[i][0][None], g[None]) for p,i,g in zip(preds, rows, good, strict=True)]
     n = sum(c for _,c in parts)
-    if not n: raise ValueError('no position of the held-out fold counts: nowhere do both modifiers pass SN_filter')
+    if not n: raise ValueError(f'{store.path}: no position of the held-out fold counts, nowhere do both modifiers pass SN_filter: hold out another fold, or train on everything with fold=-1')
     mae = sum(t for t,_ in parts)/n
     return dict(zip(MODS, mae.tolist())) | dict(official=float(mae.mean()), positions=n)
 
@@ -223,12 +229,28 @@ def load_checkpoint(
 )->dict: # cfg (a Cfg), model (weights) and, in last.pt, the rest
     "Read a checkpoint without running code from it; ValueError when it is damaged or of another version"
     if not Path(path).is_file(): raise ValueError(f"{path}: no such checkpoint: train first, or give another file or run folder")
-    try: ck = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as z: damaged = z.testzip()  # torch.load does not look at checksums
+        ck = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{path}: damaged, or not a checkpoint of ours ({type(e).__name__}): take a copy, or train again") from e
-    if not isinstance(ck, dict) or ck.get('version') != CKPT_VERSION:
-        raise ValueError(f"{path}: checkpoint version is {ck.get('version') if isinstance(ck, dict) else None}, expected {CKPT_VERSION}")
+    if damaged: raise ValueError(f"{path}: damaged ({damaged} has a wrong checksum): take a copy, or train again")
+    if not isinstance(ck, dict) or ck.get('version') != CKPT_VERSION or not {'cfg','mods','model'} <= set(ck):
+        raise ValueError(f"{path}: checkpoint version is {ck.get('version') if isinstance(ck, dict) else None}, expected {CKPT_VERSION}: not made by this version of ribo_nb")
     if ck['mods'] != list(MODS): raise ValueError(f"{path}: predicts {ck['mods']}, expected {list(MODS)}")
-    return ck | dict(cfg=Cfg(**ck['cfg']))
+    with fits(path): return ck | dict(cfg=Cfg(**ck['cfg']))
+
+@contextmanager
+def fits(path):
+    "What a checkpoint of another version or model breaks, as one ValueError"
+    try: yield
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as e: raise ValueError(f"{path}: does not fit this version or configuration ({str(e).splitlines()[0]}): train again, or choose another run folder") from e
+
+def load_model(path)->tuple: # model with its weights, Cfg
+    "The model of a checkpoint, from its own configuration"
+    ck = load_checkpoint(path)
+    model = build(ck['cfg'])
+    with fits(path): model.load_state_dict(ck['model'])
+    return model,ck['cfg']
 
 # %% ../nbs/04_train.ipynb #d557ad8c
 def lr_at(
@@ -281,29 +303,41 @@ class Progress:
 
     def line(self, lr, norm):
         "One line for the log; the sums begin anew"
-        loss,self.total,self.count = self.total/max(self.count, 1),0.,0
+        loss,self.total,self.count = self.total/self.count if self.count else None,0.,0
         return dict(step=self.step, epoch=self.epoch, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, skipped=self.skipped, seconds=round(self.seconds, 1))
 
 # %% ../nbs/04_train.ipynb #cedd4d61
 def _save_last(out, cfg, model, opt, scaler, pos):
-    log = out/'log.jsonl'
-    rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else {})
-    save(out/'last.pt', cfg, model=model.state_dict(), opt=opt.state_dict(), scaler=scaler.state_dict(), rng=rng,
-         pos=asdict(pos), log_bytes=log.stat().st_size if log.exists() else 0)
+    with open(out/'log.jsonl', 'a') as log:
+        os.fsync(log.fileno())  # the log is on disk before a checkpoint says how long it is
+        log_bytes = log.tell()
+    device = next(model.parameters()).device
+    rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device)) if device.type == 'cuda' else {})
+    save(out/'last.pt', cfg, model=model.state_dict(), opt=opt.state_dict(), scaler=scaler.state_dict(), rng=rng, pos=asdict(pos), log_bytes=log_bytes)
+
+def check_same(out, old, new):
+    "Raise ValueError, with the differences, when a run folder belongs to another configuration or other data"
+    if diff := [f'{k}: {old.get(k)!r} there, {v!r} here' for k,v in new.items() if old.get(k) != v]:
+        raise ValueError(f"{out} belongs to another run ({', '.join(diff)}): choose another run folder")
 
 def _load_last(out, cfg, model, opt, scaler):
     "Go back to last.pt, if there is one; else start with an empty log"
-    if not (out/'last.pt').exists():
-        (out/'log.jsonl').write_text('')
+    last,log = out/'last.pt',out/'log.jsonl'
+    if not last.exists():
+        log.write_text('')
         return Progress()
-    ck = load_checkpoint(out/'last.pt')
-    if diff := {k: (v, getattr(cfg, k)) for k,v in asdict(ck['cfg']).items() if v != getattr(cfg, k)}:
-        raise ValueError(f"{out} belongs to another configuration ({', '.join(f'{k}: {a!r} there, {b!r} here' for k,(a,b) in diff.items())}): choose another run folder")
-    model.load_state_dict(ck['model']); opt.load_state_dict(ck['opt']); scaler.load_state_dict(ck['scaler'])
-    torch.set_rng_state(ck['rng']['cpu'])
-    if 'cuda' in ck['rng'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(ck['rng']['cuda'])
-    os.truncate(out/'log.jsonl', ck['log_bytes'])
-    return Progress(**ck['pos'])
+    ck = load_checkpoint(last)
+    check_same(out, asdict(ck['cfg']), asdict(cfg))
+    with fits(last):
+        model.load_state_dict(ck['model']); opt.load_state_dict(ck['opt'])
+        if ck['scaler']: scaler.load_state_dict(ck['scaler'])  # empty after bf16 or fp32
+        torch.set_rng_state(ck['rng']['cpu'])
+        device = next(model.parameters()).device
+        if 'cuda' in ck['rng'] and device.type == 'cuda': torch.cuda.set_rng_state(ck['rng']['cuda'], device)
+        pos,n = Progress(**ck['pos']),ck['log_bytes']
+    if not log.exists() or log.stat().st_size < n: raise ValueError(f"{log}: is shorter than when {last.name} was saved: put the whole log back, or choose another run folder")
+    os.truncate(log, n)
+    return pos
 
 # %% ../nbs/04_train.ipynb #db78ef1b
 @contextmanager
@@ -345,8 +379,8 @@ def train(
                 loss,norm,good = train_step(model.train(), opt, scaler, batch, cfg, dtype)
                 pos.add(loss, good, -clock + (clock := time.monotonic()))
                 bar.update()
-                if pos.in_row == 50: raise FloatingPointError(f"{out}: 50 steps in a row gave a loss or gradient that is not finite: lower lr, or set precision to fp32")
-                if pos.step % log_every == 0: bar.set_postfix(loss=f'{_log(out, pos.line(g["lr"], norm))["loss"]:.4f}', refresh=False)
+                if pos.in_row == 50: raise ValueError(f"{out}: 50 steps in a row gave a loss or gradient that is not finite: lower lr, or set precision to fp32")
+                if pos.step % log_every == 0: bar.set_postfix(loss=_log(out, pos.line(g['lr'], norm))['loss'], refresh=False)
                 if stop or clock - saved > 60*cfg.save_minutes: _save_last(out, cfg, model, opt, scaler, pos); saved = clock
                 if stop: raise KeyboardInterrupt(f"{stop[0]}: stopped at step {pos.step}, saved to {out/'last.pt'}; start the same run again to go on")
             pos.epoch += 1; pos.at = 0
@@ -377,7 +411,19 @@ def _code_version():
     try: return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '-uno')) or None
     except OSError: return None
 
-# %% ../nbs/04_train.ipynb #30572610
+# %% ../nbs/04_train.ipynb #9fe2826a
+def check_trainable(store:Store, cfg:Cfg):
+    "Raise ValueError, before anything is written, when there is nothing to learn from or nothing to score"
+    rows,valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
+    t = store.rows.iloc[rows]
+    sn,good = (torch.tensor(t[[f'{c}_{m}' for m in MODS]].to_numpy(d)) for c,d in (('signal_to_noise', np.float32), ('SN_filter', bool)))
+    measured = torch.tensor(np.array([~np.isnan(store[i][0]).all(0) for i in rows]).reshape(-1, 2))
+    if not (sn_weight(dict(sn=sn, SN_filter=good), cfg.weight)*measured).sum():
+        raise ValueError(f"{store.path}: the {len(rows)} rows outside fold {cfg.fold} hold no profile to learn from (with weight={cfg.weight!r}): another fold, another weight, or more data")
+    if cfg.fold < 0: return
+    if not len(valid): raise ValueError(f"{store.path} has no fold {cfg.fold}, its folds are {sorted(store.rows.fold.unique().tolist())}; -1 trains on everything")
+    score([np.zeros_like(store[i][0]) for i in valid], store, valid)
+
 def train_run(
     cfg:Cfg,
     data='simulated', # a store, or 'simulated'
@@ -386,13 +432,14 @@ def train_run(
 )->dict: # the metrics, also in metrics.json
     "One run from beginning to end, or from where it stopped to the end"
     store,out = Store(sample_store() if str(data) == 'simulated' else data),Path(out or datamount()/'runs'/'run')
-    if cfg.fold >= 0 and not (store.rows.fold == cfg.fold).any(): raise ValueError(f"{store.path} has no fold {cfg.fold}, its folds are {sorted(store.rows.fold.unique().tolist())}")
+    check_trainable(store, cfg)
     device,dtype = resolve(cfg)
     record = dict(cfg=asdict(cfg), data=dict(path=store.path.name, **store.meta))
-    out.mkdir(parents=True, exist_ok=True)
-    if (out/'cfg.json').exists() and (old := json.loads((out/'cfg.json').read_text())['data']) != record['data']:
-        diff = ', '.join(f'{k}: {old.get(k)!r} there, {v!r} here' for k,v in record['data'].items() if old.get(k) != v)
-        raise ValueError(f"{out} was trained on other data ({diff}): choose another run folder")
+    check_target(out/'cfg.json')
+    if (out/'last.pt').exists() and (out/'cfg.json').exists():
+        try: old = json.loads((out/'cfg.json').read_text())
+        except ValueError as e: raise ValueError(f"{out/'cfg.json'}: is not JSON ({e}): put the right one back, or choose another run folder") from e
+        for k in record: check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, record[k])
     with atomic(out/'cfg.json') as p: p.write_text(json.dumps(record, indent=1))
     bpp = BppStore(bpps or datamount()/'bpp', engine(cfg.engine))
     bpp.fill(store.rows.sequence)
