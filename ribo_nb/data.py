@@ -10,7 +10,7 @@ __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERS
            'epoch_batches', 'held_out', 'write_holdout', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #a70904f5
-import hashlib,json,os,re,sys,tempfile,zlib,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.csv as pv,pyarrow.parquet as pq
+import hashlib,json,os,re,sys,tempfile,zlib,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq
 import matplotlib.pyplot as plt,seaborn as sns,torch
 from contextlib import contextmanager
 from functools import cache,partial
@@ -320,7 +320,7 @@ def _batches(path:Path):
 
 def _cast(path, column, name, to):
     "One column as text or float32; SN_filter may also say true and false"
-    if name == 'SN_filter' and pa.types.is_string(column.type): column = pc.replace_with_mask(column, pc.is_in(low := pc.utf8_lower(column), pa.array(['true','false'])), pc.if_else(pc.equal(low, 'true'), '1', '0').filter(pc.is_in(low, pa.array(['true','false']))))
+    if name == 'SN_filter' and pa.types.is_string(column.type): column = pa.array(column.to_pandas().str.lower().replace(dict(true='1', false='0')), pa.string())
     if to == pa.string() and not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_dictionary(column.type)):
         raise ValueError(f"{path}: column {name} is {column.type}, expected text")
     try: return column.cast(to)
