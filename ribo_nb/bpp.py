@@ -26,13 +26,17 @@ class Vienna:
         self.params,self.version = params and str(params),RNA.__version__
         if params:
             with readable(params, 'a ViennaRNA parameter file (.par)') as p: head = p.read_bytes()[:29]
-            if head != b'## RNAfold parameter file v2.': raise ValueError(f"{params}: does not begin with '## RNAfold parameter file v2.0': give a ViennaRNA .par file, or none for Turner 2004")
+            if head != b'## RNAfold parameter file v2.':
+                raise ValueError(f"{params}: does not begin with '## RNAfold parameter file v2.0': give a ViennaRNA "
+                                 f".par file, or none for Turner 2004")
     def _load(self, RNA):
         if not _vienna_params:
-            if self.params and not RNA.params_load(self.params): raise ValueError(f"{self.params}: ViennaRNA cannot read this parameter file")
+            if self.params and not RNA.params_load(self.params):
+                raise ValueError(f"{self.params}: ViennaRNA cannot read this parameter file")
             _vienna_params.append(self.params)
         if _vienna_params[0] != self.params:
-            raise ValueError(f"this process folds with ViennaRNA parameters {_vienna_params[0] or 'default'} and cannot change to {self.params or 'default'}: start a new process")
+            raise ValueError(f"this process folds with ViennaRNA parameters {_vienna_params[0] or 'default'} and "
+                             f"cannot change to {self.params or 'default'}: start a new process")
     def __call__(self, sequence:str)->np.ndarray: # (l l), symmetric
         import RNA
         self._load(RNA)
@@ -61,10 +65,12 @@ def check_bpp(
     who:str='the engine', # named in errors
 )->np.ndarray: # the same
     "Raise ValueError unless `bpp` is what a matrix of pair probabilities must be"
-    def stop(text): raise ValueError(f"{who} returned {text} for {sequence[:20]}… ({len(sequence)} nt): its result is not stored")
+    def stop(text): raise ValueError(f"{who} returned {text} for {sequence[:20]}… ({len(sequence)} nt): its result is "
+                                     f"not stored")
     if bpp.shape != (len(sequence),)*2: stop(f"a matrix of shape {bpp.shape}")
     if not np.isfinite(bpp).all(): stop('a value that is not finite')
-    if bpp.min(initial=0) < 0 or bpp.max(initial=0) > 1+1e-6: stop(f"probabilities from {bpp.min():.3g} to {bpp.max():.3g}")
+    if bpp.min(initial=0) < 0 or bpp.max(initial=0) > 1+1e-6:
+        stop(f"probabilities from {bpp.min():.3g} to {bpp.max():.3g}")
     if abs(bpp - bpp.T).max(initial=0) > 1e-6: stop('a matrix that is not symmetric')
     if (top := bpp.sum(1).max(initial=0)) > 1+1e-4: stop(f"a nucleotide that is paired with probability {top:.4f}")
     return bpp
@@ -89,14 +95,18 @@ def _write_part(folder, key, hashes, n, ijp):
     lists = {c: pa.ListArray.from_arrays(start, pa.array(a)) for c,a in zip('ijp', ijp, strict=True)}
     table = pa.table(dict(hash=hashes, n=n, **lists)).replace_schema_metadata({'ribo_nb': json.dumps(key)})
     name = hashlib.md5(''.join(hashes).encode()).hexdigest()[:12]
-    with atomic(folder/f'{name}.parquet') as tmp: pq.write_table(table, tmp, compression='zstd', write_page_checksum=True)
+    with atomic(folder/f'{name}.parquet') as tmp:
+        pq.write_table(table, tmp, compression='zstd', write_page_checksum=True)
 
 def _read_part(path, key):
     "Its hashes, n and (i, j, p); ValueError when it is damaged or belongs to another version or engine"
-    with readable(path, 'a part of the BPP store; delete it, its sequences will be folded again'): t = pq.read_table(path, page_checksum_verification=True)
+    with readable(path, 'a part of the BPP store; delete it, its sequences will be folded again'):
+        t = pq.read_table(path, page_checksum_verification=True)
     found = json.loads((t.schema.metadata or {}).get(b'ribo_nb', b'{}'))
-    if found != key: raise ValueError(f"{path}: made by {found}, expected {key}: move it away, its sequences will be folded again")
-    return t['hash'].to_pylist(),t['n'].to_numpy(),[t[c].combine_chunks().flatten().to_numpy(zero_copy_only=False) for c in 'ijp']
+    if found != key:
+        raise ValueError(f"{path}: made by {found}, expected {key}: move it away, its sequences will be folded again")
+    return t['hash'].to_pylist(),t['n'].to_numpy(),[t[c].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                                                    for c in 'ijp']
 
 def _fold_many(eng, threshold, sequences):
     "Checked sparse BPPs of a few sequences: what one worker does at a time"
@@ -112,7 +122,8 @@ class BppStore:
     ):
         self.eng,self.threshold,self.at = engine or Vienna(),threshold,{}
         params = sha256(self.eng.params)[:8] if self.eng.params else 'default'
-        self.key = dict(version=BPP_VERSION, engine=self.eng.name, engine_version=self.eng.version, params=params, threshold=threshold)
+        self.key = dict(version=BPP_VERSION, engine=self.eng.name, engine_version=self.eng.version, params=params,
+                        threshold=threshold)
         self.folder = folder and Path(folder)/'-'.join(str(v) for v in list(self.key.values())[1:])
         for p in sorted(self.folder.glob('*.parquet')) if folder else []: self._add(*_read_part(p, self.key))
 
@@ -154,9 +165,12 @@ class BppStore:
         device='cpu',
     )->Tensor: # (b l l), padded with zeros to the longest
         "Dense, symmetric BPPs of a batch"
-        if gone := self.missing(sequences): raise ValueError(f"{len(gone)} sequence(s) have no BPP yet, e.g. {gone[0][:30]}…: run ribo_bpp, or call fill() first")
+        if gone := self.missing(sequences):
+            raise ValueError(f"{len(gone)} sequence(s) have no BPP yet, e.g. {gone[0][:30]}…: run ribo_bpp, or call "
+                             f"fill() first")
         found = [self.at[_hash(s)] for s in sequences]
-        i,j,p = (torch.from_numpy(np.concatenate([ijp[c][at] for ijp,at in found]).astype(t)).to(device) for c,t in enumerate((np.int64, np.int64, np.float32)))
+        i,j,p = (torch.from_numpy(np.concatenate([ijp[c][at] for ijp,at in found]).astype(t)).to(device) for c,
+                 t in enumerate((np.int64, np.int64, np.float32)))
         b = torch.repeat_interleave(torch.tensor([at.stop - at.start for _,at in found])).to(device)
         out = torch.zeros(len(found), *[max(map(len, sequences))]*2, device=device)
         out[b, i, j] = out[b, j, i] = p
@@ -172,7 +186,8 @@ def plot_dots(
     ax = ax or plt.subplots(figsize=(4.2, 4.2), layout='constrained')[1]
     i,j = np.nonzero(np.asarray(bpp) > .01)
     n = len(bpp)
-    ax.scatter(j+1, i+1, s=(np.sqrt(np.asarray(bpp)[i, j])*160/n)**2, c=np.asarray(bpp)[i, j], marker='s', cmap='Blues', vmin=-.3, vmax=1, lw=0)
+    ax.scatter(j+1, i+1, s=(np.sqrt(np.asarray(bpp)[i, j])*160/n)**2, c=np.asarray(bpp)[i, j], marker='s',
+               cmap='Blues', vmin=-.3, vmax=1, lw=0)
     ax.plot([1, n], [1, n], color='.8', lw=.8)
     ax.set(xlim=(.5, n+.5), ylim=(n+.5, .5), xlabel='position (nt)', ylabel='position (nt)', aspect='equal')
     if sequence and n <= 60: ax.set_xticks(range(1, n+1), list(sequence)); ax.set_yticks(range(1, n+1), list(sequence))
@@ -189,12 +204,17 @@ def plot_arcs(
                            height_ratios=[3] + [1, 1]*(react is not None), layout='constrained', squeeze=False)
     ax,*below = axs[:,0]
     pairs = np.argwhere(np.triu(bpp) > .02)
-    for i,j in pairs: ax.add_patch(Arc(((i+j)/2+1, 0), j-i, j-i, theta1=0, theta2=180, color='#30507a', alpha=float(bpp[i,j]), lw=1.3))
+    for i,j in pairs:
+        ax.add_patch(Arc(((i+j)/2+1, 0), j-i, j-i, theta1=0, theta2=180, color='#30507a', alpha=float(bpp[i,j]),
+                         lw=1.3))
     ax.set(xlim=(.3, n+.7), ylim=(0, max(4, (pairs[:,1]-pairs[:,0]).max(initial=4)/2*1.05))); ax.axis('off')
     for m,b in enumerate(below):
-        b.bar(np.arange(1, n+1), np.nan_to_num(react[:,m]).clip(0, 1.5), width=.9, color=COLORS[MODS[m]]); b.set(ylim=(0, 1.5), ylabel=MODS[m]); b.tick_params(axis='x', length=0)
+        b.bar(np.arange(1, n+1), np.nan_to_num(react[:,m]).clip(0, 1.5), width=.9,
+              color=COLORS[MODS[m]]); b.set(ylim=(0, 1.5), ylabel=MODS[m]); b.tick_params(axis='x', length=0)
     last = below[-1] if below else ax
-    if sequence: last.set_xticks(range(1, n+1), list(sequence), fontsize=6 if n > 60 else 9); last.tick_params(axis='x', length=0)
+    if sequence:
+        last.set_xticks(range(1, n+1), list(sequence), fontsize=6 if n > 60 else 9); last.tick_params(axis='x',
+                                                                                                      length=0)
     sns.despine(fig)
     return fig
 
@@ -211,7 +231,8 @@ def clean_sequences(
         try:
             if not isinstance(s, str) or not s: raise ValueError('there is no sequence: fill it in or remove it')
             out.append(decode(encode(s)))
-        except ValueError as e: raise ValueError(f"{path}, {what} {k+1}{f' ({names[k]})' if names is not None else ''}: {e}") from e
+        except ValueError as e:
+            raise ValueError(f"{path}, {what} {k+1}{f' ({names[k]})' if names is not None else ''}: {e}") from e
     return out
 
 def read_sequences(
@@ -225,8 +246,10 @@ def read_sequences(
 @click.argument('table', type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path), help='Folder of the BPP store.  [default: datamount/bpp]')
 @click.option('--engine', 'name', default='vienna', type=click.Choice(list(engines)), help='Folding engine.')
-@click.option('--params', type=click.Path(path_type=Path), help="Parameter file in the engine's own format.  [default: the engine's]")
-@click.option('--threshold', default=1e-3, type=click.FloatRange(0, 1, max_open=True), help='Smallest probability kept.')
+@click.option('--params', type=click.Path(path_type=Path),
+              help="Parameter file in the engine's own format.  [default: the engine's]")
+@click.option('--threshold', default=1e-3, type=click.FloatRange(0, 1, max_open=True),
+              help='Smallest probability kept.')
 @click.option('--jobs', default=-1, type=click.IntRange(-1), help='Processes; -1 is one per core.')
 def ribo_bpp(table, out, name, params, threshold, jobs):
     "Fold every sequence of TABLE (a store, or any CSV or Parquet with a column `sequence`) that the BPP store lacks."

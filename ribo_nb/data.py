@@ -37,7 +37,8 @@ def encode(
     ids = _ids[np.frombuffer(sequence.encode(), np.uint8)]
     if ids.all(): return ids
     bad = sorted({c for c in sequence if not _ids[ord(c) % 256] or ord(c) > 255})
-    raise ValueError(f"{sequence[:12]!r}… contains {bad}, expected only {NTS} (or T): remove gaps, resolve ambiguous letters")
+    raise ValueError(f"{sequence[:12]!r}… contains {bad}, expected only {NTS} (or T): remove gaps, resolve ambiguous "
+                     f"letters")
 
 def decode(ids:np.ndarray)->str: # ids 1..4 back to letters
     return np.frombuffer(b'?' + NTS.encode(), np.uint8)[ids].tobytes().decode()
@@ -58,9 +59,11 @@ def check_target(
     path = Path(path)
     if not path.name: raise ValueError(f"the output {str(path)!r} has no name: name a file to write")
     if path.exists() and not path.is_file(): raise ValueError(f"{path}: is a folder or a device: name a file to write")
-    if any(path.exists() and Path(s).exists() and path.samefile(s) for s in sources): raise ValueError(f"{path}: is the input itself: give another output")
+    if any(path.exists() and Path(s).exists() and path.samefile(s) for s in sources):
+        raise ValueError(f"{path}: is the input itself: give another output")
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise ValueError(f"{path.parent}: cannot be made a folder ({e.strerror}): choose another output") from e
+    except OSError as e:
+        raise ValueError(f"{path.parent}: cannot be made a folder ({e.strerror}): choose another output") from e
     return path
 
 @contextmanager
@@ -93,8 +96,10 @@ def progress(
     interactive:bool|None=None, # is somebody watching? by default: a terminal or a live notebook
 )->tqdm:
     "A progress bar fit for a terminal, a notebook and a log file"
-    if interactive is None: interactive = sys.stderr.isatty() or ('ipykernel' in sys.modules and 'JPY_SESSION_NAME' in os.environ)
-    kw = dict(mininterval=.3) if interactive else dict(mininterval=30, maxinterval=60, file=_Lines(sys.stderr), ascii=True, ncols=100)
+    if interactive is None:
+        interactive = sys.stderr.isatty() or ('ipykernel' in sys.modules and 'JPY_SESSION_NAME' in os.environ)
+    kw = dict(mininterval=.3) if interactive else dict(mininterval=30, maxinterval=60, file=_Lines(sys.stderr),
+                                                       ascii=True, ncols=100)
     return tqdm(it, desc=desc, total=total, unit=unit, initial=initial, dynamic_ncols=interactive, **kw)
 
 # %% ../nbs/00_data.ipynb #ce788854
@@ -104,7 +109,8 @@ class Command(click.Command):
         try: return super().invoke(ctx)
         except (ValueError, OSError, EOFError) as e: raise click.ClickException(str(e)) from e
 
-command = partial(click.command, cls=Command, context_settings=dict(show_default=True, help_option_names=['-h','--help'], max_content_width=110))
+command = partial(click.command, cls=Command,
+                  context_settings=dict(show_default=True, help_option_names=['-h','--help'], max_content_width=110))
 
 # %% ../nbs/00_data.ipynb #857a2253
 FLANK5,FLANK3 = 'GGGAACGACUCGAGUAGAGUCGAAAA','AAAGAAACAACAACAACAAC'  # Ribonanza's constant ends, 26 and 20 nt
@@ -136,7 +142,8 @@ def _library(
         old = list(rows)[rng.integers(len(rows))] if rows else None
         kind = rng.choice(['random','design','mutant','shift'], p=[.25,.42,.25,.08]) if old else 'design'
         if kind in ('random','design'):
-            core = (_letters if kind=='random' else _design)(rng, rng.choice([115, 130, 155, 177], p=[.45,.3,.15,.1])-46)
+            core = (_letters if kind=='random' else _design)(rng,
+                                                             rng.choice([115, 130, 155, 177], p=[.45,.3,.15,.1])-46)
             name = f'sim_{kind}'
         else:
             core,name = list(old[26:-20]),rows[old]
@@ -216,11 +223,13 @@ def _measure(
         x = x + err*rng.normal(size=len(x))
         for a in (x, err): a[:26] = a[-20:] = np.nan
         sn = np.nanmean(x)/np.nanmean(err)
-        out.append(dict(reads=reads, signal_to_noise=round(sn, 3), SN_filter=int(sn>1 and reads>100), react=x.round(3), err=err.round(3)))
+        out.append(dict(reads=reads, signal_to_noise=round(sn, 3), SN_filter=int(sn>1 and reads>100), react=x.round(3),
+                        err=err.round(3)))
     return out
 
 # %% ../nbs/00_data.ipynb #521b0d1c
-def wide_columns(n): return [f'reactivity_{i:04d}' for i in range(1, n+1)],[f'reactivity_error_{i:04d}' for i in range(1, n+1)]
+def wide_columns(n): return [f'reactivity_{i:04d}' for i in range(1, n+1)],[f'reactivity_error_{i:04d}'
+                                                                            for i in range(1, n+1)]
 
 def sequence_id(sequence:str)->str: # as the hosts': the first 12 hex digits of its MD5
     return hashlib.md5(sequence.encode()).hexdigest()[:12]
@@ -239,7 +248,8 @@ def simulate(
             for mod,o in zip(MODS, _measure(rng, clean), strict=True):
                 values.append(np.full((2, n_col), np.nan, np.float32))
                 values[-1][:, :len(s)] = o.pop('react'),o.pop('err')
-                rows.append(dict(sequence_id=sequence_id(s), sequence=s, experiment_type=f'{mod}_MaP', dataset_name=f'{name}_{mod}', **o))
+                rows.append(dict(sequence_id=sequence_id(s), sequence=s, experiment_type=f'{mod}_MaP',
+                                 dataset_name=f'{name}_{mod}', **o))
     r,e = wide_columns(n_col)
     return pd.concat([pd.DataFrame(rows), pd.DataFrame(np.hstack(np.stack(values, 1)), columns=r+e)], axis=1)
 
@@ -255,12 +265,16 @@ def readable(
     path = Path(path)
     if not path.exists(): raise ValueError(f"{path}: no such file")
     if not path.is_file(): raise ValueError(f"{path}: is a folder or a device, expected {expected}")
-    if not path.stat().st_size: raise ValueError(f"{path}: the file is empty, expected {expected}: download or write it again")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty, expected {expected}: download or write it again")
     try: yield path
     except (pa.ArrowException, pd.errors.ParserError, UnicodeDecodeError, OSError, EOFError, zlib.error) as e:
         text = str(e).splitlines()[0]
-        if 'conversion error' in text: raise ValueError(f"{path}: a value is not of its column's type ({text}; rows counted with the header): correct it, or leave it blank if it was not measured") from e
-        raise ValueError(f"{path}: cannot be read ({text}), expected {expected}: the file is damaged or cut short, download or write it again") from e
+        if 'conversion error' in text:
+            raise ValueError(f"{path}: a value is not of its column's type ({text}; rows counted with the header): "
+                             f"correct it, or leave it blank if it was not measured") from e
+        raise ValueError(f"{path}: cannot be read ({text}), expected {expected}: the file is damaged or cut short, "
+                         f"download or write it again") from e
 
 def read_table(
     path, # CSV (also gzip) or Parquet
@@ -269,7 +283,9 @@ def read_table(
     "A whole table; ValueError names the file and what is wrong with it"
     with readable(path, 'a CSV or Parquet table') as p:
         names = pq.read_schema(p).names if is_parquet(p) else pd.read_csv(p, nrows=0).columns.tolist()
-        if missing := [c for c in columns or [] if c not in names]: raise ValueError(f"{p}: column(s) {', '.join(missing)} are missing, it has {', '.join(map(str, names[:8]))}{' …' if names[8:] else ''}")
+        if missing := [c for c in columns or [] if c not in names]:
+            raise ValueError(f"{p}: column(s) {', '.join(missing)} are missing, it has "
+                             f"{', '.join(map(str, names[:8]))}{' …' if names[8:] else ''}")
         df = pd.read_parquet(p, columns=columns) if is_parquet(p) else pd.read_csv(p, usecols=columns)
     if df.empty: raise ValueError(f"{p}: the table has no rows")
     return df
@@ -285,7 +301,9 @@ def numbers(
     for c in columns:
         x = pd.to_numeric(df[c], errors='coerce').astype(float)
         bad = ~np.isfinite(x) | (x != x.round()) if whole else np.isinf(x) | (x.isna() & df[c].notna())
-        if bad.any(): raise ValueError(f"{path}, row {int(bad.to_numpy().argmax())+1}: {c} is {df[c][bad].iloc[0]!r}, expected a {'whole ' if whole else ''}number")
+        if bad.any():
+            raise ValueError(f"{path}, row {int(bad.to_numpy().argmax())+1}: {c} is {df[c][bad].iloc[0]!r}, expected a "
+                             f"{'whole ' if whole else ''}number")
         out[c] = x.astype(np.int64) if whole else x
     return out
 
@@ -294,7 +312,8 @@ _texts,_values = ('sequence_id','sequence','experiment_type','dataset_name'),('r
 
 def _check_header(path, names):
     "Number of reactivity columns, after a look at the header"
-    if 'sequence_id' not in names and 'id' not in names: raise ValueError(f"{path}: no column 'sequence_id' (or 'id'): is this Kaggle's train_data?")
+    if 'sequence_id' not in names and 'id' not in names:
+        raise ValueError(f"{path}: no column 'sequence_id' (or 'id'): is this Kaggle's train_data?")
     n = sum(bool(re.fullmatch(r'reactivity_\d+', c)) for c in names)
     needed = [*_texts[1:], *_values, *sum(wide_columns(max(n, 1)), [])]
     if missing := [c for c in needed if c not in names]:
@@ -313,32 +332,44 @@ def _batches(path:Path):
         rename = ['sequence_id', *schema.names[1:]]
         if is_parquet(path): source = pq.ParquetFile(path).iter_batches(2048, columns=schema.names)
         else:
-            opts = pv.ConvertOptions(column_types=schema, include_columns=schema.names, null_values=['','NaN','nan','NA','null'], strings_can_be_null=True)
+            opts = pv.ConvertOptions(column_types=schema, include_columns=schema.names,
+                                     null_values=['','NaN','nan','NA','null'], strings_can_be_null=True)
             opts.column_types = {**opts.column_types, 'SN_filter': pa.string()}
             source = pv.open_csv(path, convert_options=opts, read_options=pv.ReadOptions(block_size=8<<20))
-        for b in source: yield pa.table([_cast(path, b[c], c, schema.field(c).type) for c in schema.names], names=rename)
+        for b in source:
+            yield pa.table([_cast(path, b[c], c, schema.field(c).type) for c in schema.names], names=rename)
 
 def _cast(path, column, name, to):
     "One column as text or float32; SN_filter may also say true and false"
-    if name == 'SN_filter' and pa.types.is_string(column.type): column = pa.array(column.to_pandas().str.lower().replace(dict(true='1', false='0')), pa.string())
-    if to == pa.string() and not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_dictionary(column.type)):
+    if name == 'SN_filter' and pa.types.is_string(column.type):
+        column = pa.array(column.to_pandas().str.lower().replace(dict(true='1', false='0')), pa.string())
+    if to == pa.string() and not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+                                  or pa.types.is_dictionary(column.type)):
         raise ValueError(f"{path}: column {name} is {column.type}, expected text")
     try: return column.cast(to)
-    except pa.ArrowException as e: raise ValueError(f"{path}: column {name} holds something that is not a number ({str(e).splitlines()[0]}): correct it, or leave it blank if it was not measured") from e
+    except pa.ArrowException as e:
+        raise ValueError(f"{path}: column {name} holds something that is not a number ({str(e).splitlines()[0]}): "
+                         f"correct it, or leave it blank if it was not measured") from e
 
 # %% ../nbs/00_data.ipynb #533ef3d7
 def _check_rows(path, df, x, e, first):
     "Raise ValueError for the first row of this batch that is not what the format promises"
     def stop(bad, text):
-        if len(rows := np.flatnonzero(bad)): raise ValueError(f"{path}, row {first+rows[0]+1} ({df.sequence_id.iloc[rows[0]]}): {text(rows[0])}")
-    stop((df[list(_texts)].fillna('').apply(lambda c: c.str.strip()) == '').any(axis=1), lambda i: 'an id, sequence, type or data set is blank: fill it or drop the row')
+        if len(rows := np.flatnonzero(bad)):
+            raise ValueError(f"{path}, row {first+rows[0]+1} ({df.sequence_id.iloc[rows[0]]}): {text(rows[0])}")
+    stop((df[list(_texts)].fillna('').apply(lambda c: c.str.strip()) == '').any(axis=1),
+         lambda i: 'an id, sequence, type or data set is blank: fill it or drop the row')
     letters = df.sequence.str.fullmatch('[ACGUTacgut]+').to_numpy(bool)
-    stop(~letters, lambda i: f"the sequence contains {sorted(set(df.sequence.iloc[i].upper())-set(NTS+'T'))}, expected only {NTS} (or T): resolve the letter or drop the row")
+    stop(~letters, lambda i: f"the sequence contains {sorted(set(df.sequence.iloc[i].upper())-set(NTS+'T'))}, expected "
+                             f"only {NTS} (or T): resolve the letter or drop the row")
     types = [f'{m}_MaP' for m in MODS]
-    stop(~df.experiment_type.isin(types), lambda i: f"experiment_type is {df.experiment_type.iloc[i]!r}, expected one of {types}: drop the row, other chemistries have other scales")
-    stop(~df.SN_filter.isin([0, 1]), lambda i: f"SN_filter is {df.SN_filter.iloc[i]}, expected 0 or 1: it says whether signal_to_noise > 1 and reads > 100")
+    stop(~df.experiment_type.isin(types), lambda i: f"experiment_type is {df.experiment_type.iloc[i]!r}, expected one "
+                                                    f"of {types}: drop the row, other chemistries have other scales")
+    stop(~df.SN_filter.isin([0, 1]), lambda i: f"SN_filter is {df.SN_filter.iloc[i]}, expected 0 or 1: it says whether "
+                                               f"signal_to_noise > 1 and reads > 100")
     n,length = x.shape[1],df.sequence.str.len().to_numpy()
-    stop(length > n, lambda i: f"the sequence has {length[i]} nt but the table only {n} reactivity columns: the table was cut, take the original file")
+    stop(length > n, lambda i: f"the sequence has {length[i]} nt but the table only {n} reactivity columns: the table "
+                               f"was cut, take the original file")
     beyond = ~np.isnan(x) & (np.arange(n) >= length[:,None])
     stop(beyond.any(1), lambda i: f"the sequence has {length[i]} nt but reactivity_{np.flatnonzero(beyond[i])[-1]+1:04d} is measured: sequence and profile do not belong together")
     stop((abs(x) > 1e4).any(1), lambda i: "a reactivity is beyond ±10000: leave blank what was not measured")
@@ -373,7 +404,8 @@ def pair_profiles(
 )->pd.DataFrame: # one row per sequence and data set: sequence_id, sequence, dataset_name, row index per modifier (-1: none)
     "Which rows hold the 2A3 and the DMS profile of each sequence in each data set; ValueError on duplicates"
     base = df.dataset_name.str.replace(r'[_-]?(2A3|DMS)(_MaP)?', '', regex=True).str.strip('_- ').replace('', 'unnamed')
-    key = pd.DataFrame(dict(sequence_id=df.sequence_id, sequence=df.sequence, dataset_name=base, mod=df.experiment_type.str[:3]))
+    key = pd.DataFrame(dict(sequence_id=df.sequence_id, sequence=df.sequence, dataset_name=base,
+                            mod=df.experiment_type.str[:3]))
     twice = key.duplicated(['sequence_id','dataset_name','mod'])
     if twice.any():
         i = twice.idxmax()
@@ -382,7 +414,8 @@ def pair_profiles(
                          f"{df.dataset_name[i]!r} (the first is row {df.row[j]}): drop one, or name repeated measurements differently")
     if len(bad := (n := key.groupby('sequence_id').sequence.nunique()).index[n > 1]):
         rows = df.row[(key.sequence_id==bad[0]).to_numpy()].tolist()
-        raise ValueError(f"{path}, rows {rows[:5]}: id {bad[0]} stands for different sequences: give each sequence its own id")
+        raise ValueError(f"{path}, rows {rows[:5]}: id {bad[0]} stands for different sequences: give each sequence its "
+                         f"own id")
     key['at'] = np.arange(len(key))
     wide = key.pivot(index=['sequence_id','sequence','dataset_name'], columns='mod', values='at')
     return wide.reindex(columns=list(MODS)).fillna(-1).astype(np.int64).reset_index().rename_axis(columns=None)
@@ -434,7 +467,8 @@ def assign_folds(
     seed:int=0,
 )->np.ndarray: # fold of each row, 0..n_fold-1, int16, (n)
     "Whole families to folds, balanced within each data set"
-    if n_fold > (n := len(set(family))): raise ValueError(f"{n_fold} folds, but only {n} families of similar sequences: give fewer folds")
+    if n_fold > (n := len(set(family))):
+        raise ValueError(f"{n_fold} folds, but only {n} families of similar sequences: give fewer folds")
     rng = np.random.default_rng(seed)
     data = pd.factorize(dataset, sort=True)[0]
     count = pd.DataFrame(dict(family=family, data=data)).value_counts().unstack(fill_value=0).sort_index()
@@ -455,8 +489,10 @@ def sha256(path)->str:
 def _lists(flat, length, at, own):
     "List column of the profiles at rows `at`, NaN where there is none; `own` is each row's length"
     start = np.r_[0, np.cumsum(length)]
-    rows = [flat[start[a]:start[a+1]] if a >= 0 else np.full(n, np.nan, np.float32) for a,n in zip(at, own, strict=True)]
-    return pa.ListArray.from_arrays(np.r_[0, np.cumsum(own)].astype(np.int32), pa.array(np.concatenate(rows), pa.float32()))
+    rows = [flat[start[a]:start[a+1]] if a >= 0 else np.full(n, np.nan, np.float32) for a,
+            n in zip(at, own, strict=True)]
+    return pa.ListArray.from_arrays(np.r_[0, np.cumsum(own)].astype(np.int32),
+                                    pa.array(np.concatenate(rows), pa.float32()))
 
 def write_store(
     raw, # CSV or Parquet in Kaggle's wide format
@@ -476,20 +512,27 @@ def write_store(
     rows['fold'] = assign_folds(rows.cluster.to_numpy(), rows.dataset_name, n_fold, seed)
     for m in MODS:
         at = rows.pop(m).to_numpy()
-        for c in ('reads','signal_to_noise'): rows[f'{c}_{m}'] = np.where(at >= 0, df[c].to_numpy(np.float32)[at], np.nan).astype(np.float32)
+        for c in ('reads','signal_to_noise'):
+            rows[f'{c}_{m}'] = np.where(at >= 0, df[c].to_numpy(np.float32)[at], np.nan).astype(np.float32)
         rows[f'SN_filter_{m}'] = (at >= 0) & (df.SN_filter.to_numpy()[at] == 1)
         rows[f'reactivity_{m}'],rows[f'reactivity_error_{m}'] = at,at
-    table = pa.table({c: _lists(react if 'error' not in c else err, length, rows[c], own) if c.startswith('reactivity') else pa.array(rows[c]) for c in rows})
-    meta = dict(version=STORE_VERSION, source=Path(raw).name, sha256=sha256(raw), n_fold=n_fold, seed=seed, sample=sample)
-    with atomic(path) as tmp: pq.write_table(table.replace_schema_metadata({'ribo_nb': json.dumps(meta)}), tmp, compression='zstd', write_page_checksum=True)
+    table = pa.table({c: _lists(react if 'error' not in c else err, length, rows[c], own)
+                      if c.startswith('reactivity') else pa.array(rows[c]) for c in rows})
+    meta = dict(version=STORE_VERSION, source=Path(raw).name, sha256=sha256(raw), n_fold=n_fold, seed=seed,
+                sample=sample)
+    with atomic(path) as tmp:
+        pq.write_table(table.replace_schema_metadata({'ribo_nb': json.dumps(meta)}), tmp, compression='zstd',
+                       write_page_checksum=True)
     return rows.loc[:, ~rows.columns.str.startswith('reactivity')]
 
 # %% ../nbs/00_data.ipynb #20ee0184
 def _draw(raw, n, seed):
     "The `n` distinct sequences of a raw table whose salted hash is smallest: the same, whatever the order of the rows"
     seqs = set()
-    for b in progress(_batches(Path(raw)), f'sample {Path(raw).name}', unit='batch'): seqs.update(b['sequence'].drop_null().to_pylist())
-    order = sorted({s.upper().replace('T','U') for s in seqs}, key=lambda s: hashlib.md5(f'{seed} {s}'.encode()).digest())
+    for b in progress(_batches(Path(raw)), f'sample {Path(raw).name}', unit='batch'):
+        seqs.update(b['sequence'].drop_null().to_pylist())
+    order = sorted({s.upper().replace('T','U') for s in seqs},
+                   key=lambda s: hashlib.md5(f'{seed} {s}'.encode()).digest())
     return set(order[:n])
 
 # %% ../nbs/00_data.ipynb #b0c9d132
@@ -502,8 +545,10 @@ class Store:
         with readable(path, 'a store made by ribo_data'): t = pq.read_table(path, page_checksum_verification=True)
         self.meta = json.loads((t.schema.metadata or {}).get(b'ribo_nb', b'{}'))
         if (v := self.meta.get('version')) != STORE_VERSION:
-            raise ValueError(f"{path}: store version is {v}, expected {STORE_VERSION}: convert the raw table again with ribo_data")
-        self.react,self.err = (np.stack([t[f'{c}_{m}'].combine_chunks().flatten().to_numpy() for m in MODS], 1) for c in ('reactivity','reactivity_error'))
+            raise ValueError(f"{path}: store version is {v}, expected {STORE_VERSION}: convert the raw table again "
+                             f"with ribo_data")
+        self.react,self.err = (np.stack([t[f'{c}_{m}'].combine_chunks().flatten().to_numpy() for m in MODS], 1)
+                               for c in ('reactivity','reactivity_error'))
         self.rows = t.select([c for c in t.column_names if not c.startswith('reactivity')]).to_pandas()
         self.start = np.r_[0, np.cumsum(self.rows.sequence.str.len())]
     def __len__(self): return len(self.rows)
@@ -523,9 +568,11 @@ def plot_profile(
     fig,axs = plt.subplots(2, 1, figsize=(max(6, len(sequence)*.085), 3.6), sharex=True, layout='constrained')
     for m,(mod,ax) in enumerate(zip(MODS, axs, strict=True)):
         x = np.arange(1, len(sequence)+1)
-        ax.bar(x, react[:,m], width=.9, color=COLORS[mod], alpha=.8 if pred is None else .35, yerr=None if err is None else err[:,m], error_kw=dict(lw=.5, alpha=.5))
+        ax.bar(x, react[:,m], width=.9, color=COLORS[mod], alpha=.8 if pred is None else .35,
+               yerr=None if err is None else err[:,m], error_kw=dict(lw=.5, alpha=.5))
         if pred is not None: ax.plot(x, pred[:,m], color='k', lw=1.2)
-        ax.set(ylabel=f'{mod} reactivity', ylim=(-.2, max(1.1, np.nanquantile(np.r_[react[:,m], 0], .97))), xlim=(.3, len(sequence)+.7))
+        ax.set(ylabel=f'{mod} reactivity', ylim=(-.2, max(1.1, np.nanquantile(np.r_[react[:,m], 0], .97))),
+               xlim=(.3, len(sequence)+.7))
         ax.axhline(0, color='k', lw=.5)
     axs[0].set_title(title, fontsize=10)
     axs[1].set_xticks(np.arange(1, len(sequence)+1), list(sequence), fontsize=6 if len(sequence) > 60 else 9)
@@ -545,7 +592,8 @@ def plot_heatmap(
     fig,axs = plt.subplots(2, 1, figsize=(9, 5), sharex=True, layout='constrained')
     cmap = plt.get_cmap('Greys').with_extremes(bad='#dfe6ec')
     for m,ax in enumerate(axs):
-        im = ax.imshow(img[m], aspect='auto', cmap=cmap, vmin=0, vmax=1, interpolation='nearest', extent=(.5, width+.5, len(reacts), 0))
+        im = ax.imshow(img[m], aspect='auto', cmap=cmap, vmin=0, vmax=1, interpolation='nearest',
+                       extent=(.5, width+.5, len(reacts), 0))
         ax.set_ylabel(f'{MODS[m]}\nsequence'); ax.yaxis.set_major_locator(plt.MaxNLocator(6, integer=True))
     axs[0].set_title(title, fontsize=10); axs[1].set_xlabel('position (nt)')
     fig.colorbar(im, ax=axs, label='reactivity', shrink=.5)
@@ -617,12 +665,16 @@ def write_holdout(
     "A held-out fold in the form of Kaggle's test set and its solution"
     rows = held_out(store, fold)
     t = store.rows.iloc[rows]
-    if not len(t): raise ValueError(f"{store.path}: fold {fold} is empty, the folds are {sorted(store.rows.fold.unique().tolist())}")
+    if not len(t):
+        raise ValueError(f"{store.path}: fold {fold} is empty, the folds are "
+                         f"{sorted(store.rows.fold.unique().tolist())}")
     end = t.sequence.str.len().cumsum().to_numpy()
-    test = pd.DataFrame(dict(id_min=np.r_[0, end[:-1]], id_max=end-1, sequence_id=t.sequence_id.to_numpy(), sequence=t.sequence.to_numpy(), future=0))
+    test = pd.DataFrame(dict(id_min=np.r_[0, end[:-1]], id_max=end-1, sequence_id=t.sequence_id.to_numpy(),
+                             sequence=t.sequence.to_numpy(), future=0))
     react = np.concatenate([store[i][0] for i in rows])
     good = np.repeat(t[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy(), t.sequence.str.len())
-    solution = pd.DataFrame(dict(id=np.arange(end[-1]), reactivity_DMS_MaP=react[:,1].clip(0, 1), reactivity_2A3_MaP=react[:,0].clip(0, 1), Usage=np.where(good, 'Private', 'Ignored')))
+    solution = pd.DataFrame(dict(id=np.arange(end[-1]), reactivity_DMS_MaP=react[:,1].clip(0, 1),
+                                 reactivity_2A3_MaP=react[:,0].clip(0, 1), Usage=np.where(good, 'Private', 'Ignored')))
     with atomic(Path(folder)/'test_sequences.csv') as p: test.to_csv(p, index=False)
     with atomic(Path(folder)/'solution.parquet') as p: solution.to_parquet(p, index=False)
     return int(end[-1])
@@ -630,12 +682,17 @@ def write_holdout(
 # %% ../nbs/00_data.ipynb #724d18ec
 @command()
 @click.argument('raw', required=False, type=click.Path(path_type=Path))
-@click.option('--out', type=click.Path(path_type=Path), help='Store to write (Parquet).  [default: datamount/parquet/NAME.parquet]')
-@click.option('--simulate', 'n_sim', type=click.IntRange(1), help='No RAW? Simulate this many sequences and write their raw table first.')
-@click.option('--sample', type=click.IntRange(1), help='Keep only this many sequences, drawn at random (all their measurements).')
-@click.option('--folds', default=4, type=click.IntRange(2), help='Cross-validation folds; families of similar sequences stay together.')
+@click.option('--out', type=click.Path(path_type=Path),
+              help='Store to write (Parquet).  [default: datamount/parquet/NAME.parquet]')
+@click.option('--simulate', 'n_sim', type=click.IntRange(1),
+              help='No RAW? Simulate this many sequences and write their raw table first.')
+@click.option('--sample', type=click.IntRange(1),
+              help='Keep only this many sequences, drawn at random (all their measurements).')
+@click.option('--folds', default=4, type=click.IntRange(2),
+              help='Cross-validation folds; families of similar sequences stay together.')
 @click.option('--seed', default=0, type=click.IntRange(0), help='Of the simulation, the sample and the folds.')
-@click.option('--holdout', type=click.Path(path_type=Path), help="Also write fold 0 as Kaggle's test_sequences.csv and solution.parquet into this folder.")
+@click.option('--holdout', type=click.Path(path_type=Path),
+              help="Also write fold 0 as Kaggle's test_sequences.csv and solution.parquet into this folder.")
 def ribo_data(raw, out, n_sim, sample, folds, seed, holdout):
     "Turn RAW, a table of reactivity profiles in Kaggle's wide format (CSV, CSV.gz or Parquet), into a store."
     if (raw is None) == (n_sim is None): raise click.UsageError('Give either RAW, a table to convert, or --simulate N.')
@@ -646,5 +703,6 @@ def ribo_data(raw, out, n_sim, sample, folds, seed, holdout):
         click.echo(f'{raw}: {len(table)} SIMULATED profiles of {n_sim} sequences')
     out = out or datamount()/'parquet'/f"{raw.name.split('.')[0]}.parquet"
     rows = write_store(raw, out, folds, seed, sample)
-    click.echo(f'{out}: {len(rows)} measurements of {rows.sequence.nunique()} sequences in {rows.cluster.nunique()} families, folds {rows.fold.value_counts().sort_index().tolist()}')
+    click.echo(f'{out}: {len(rows)} measurements of {rows.sequence.nunique()} sequences in {rows.cluster.nunique()} '
+               f'families, folds {rows.fold.value_counts().sort_index().tolist()}')
     if holdout: click.echo(f'{holdout}: fold 0 as a test set, {write_holdout(Store(out), 0, holdout)} positions')

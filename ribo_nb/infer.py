@@ -35,7 +35,9 @@ def load(
     paths = [p/'best.pt' if p.is_dir() else p for p in paths]
     members,cfgs = zip(*map(load_model, paths), strict=True)
     for p,c in zip(paths, cfgs, strict=True):
-        if c.engine != cfgs[0].engine: raise ValueError(f"{p} was trained on {c.engine} BPPs, {paths[0]} on {cfgs[0].engine}: predict with them separately")
+        if c.engine != cfgs[0].engine:
+            raise ValueError(f"{p} was trained on {c.engine} BPPs, {paths[0]} on {cfgs[0].engine}: predict with them "
+                             f"separately")
     return Ensemble(members, cfgs).to(resolve(replace(cfgs[0], device=device))[0]).eval()
 
 # %% ../nbs/05_infer.ipynb #08671370
@@ -48,7 +50,9 @@ def _predict(model, sequences, bpp, batch_size=32):
             pred = model(to_device(batch, device)).float().clamp(0, 1).cpu().numpy()
             for k,i in enumerate(at):
                 out[i] = pred[k, :length[i]]
-                if not np.isfinite(out[i]).all(): raise ValueError(f"the prediction for {sequences[i][:30]}… is not finite: the checkpoint has diverged, use another")
+                if not np.isfinite(out[i]).all():
+                    raise ValueError(f"the prediction for {sequences[i][:30]}… is not finite: the checkpoint has "
+                                     f"diverged, use another")
     return out
 
 def predict(
@@ -63,7 +67,8 @@ def predict(
     bpp = bpp if bpp is not None else BppStore(engine=engine(model.cfgs[0].engine))
     bpp.fill(sequences)
     preds = _predict(model, sequences, bpp)
-    out = pd.DataFrame(dict(name=list(names) if names is not None else [sequence_id(s) for s in sequences], sequence=sequences))
+    out = pd.DataFrame(dict(name=list(names) if names is not None else [sequence_id(s) for s in sequences],
+                            sequence=sequences))
     for m,mod in enumerate(MODS): out[f'reactivity_{mod}_MaP'] = [p[:,m] for p in preds]
     return out
 
@@ -77,12 +82,16 @@ def read_fasta(
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig', newline=None) as f:
             for n,line in enumerate(f, 1):
                 if not (line := line.strip()): continue
-                if line[0] == '>': names.append(line[1:].split()[0] if line[1:].split() else f'record_{len(names)+1}'); seqs.append([])
-                elif not names: raise ValueError(f"{path}, line {n}: found {line[:20]!r}, expected '>name': is this FASTA?")
+                if line[0] == '>':
+                    names.append(line[1:].split()[0] if line[1:].split() else f'record_{len(names)+1}'); seqs.append([])
+                elif not names:
+                    raise ValueError(f"{path}, line {n}: found {line[:20]!r}, expected '>name': is this FASTA?")
                 else: seqs[-1].append(line)
     if not names: raise ValueError(f"{path}: no records: expected lines of '>name' and sequence")
     df = pd.DataFrame(dict(name=names, sequence=[''.join(s) for s in seqs]))
-    if (twice := df.name.duplicated()).any(): raise ValueError(f"{path}, record {twice.idxmax()+1}: the name {df.name[twice.idxmax()]!r} is used twice: rename one")
+    if (twice := df.name.duplicated()).any():
+        raise ValueError(f"{path}, record {twice.idxmax()+1}: the name {df.name[twice.idxmax()]!r} is used twice: "
+                         f"rename one")
     return df.assign(sequence=clean_sequences(df.sequence, path, 'record', df.name))
 
 # %% ../nbs/05_infer.ipynb #fedc2062
@@ -91,28 +100,39 @@ def read_test(
 )->pd.DataFrame: # name, sequence and, if the file has them, id_min and id_max, in id order
     "Sequences to predict from a table; ValueError names file, row and remedy"
     df = read_table(path)
-    if 'sequence' not in df: raise ValueError(f"{path}: no column 'sequence', it has {', '.join(map(str, df.columns[:8]))}")
+    if 'sequence' not in df:
+        raise ValueError(f"{path}: no column 'sequence', it has {', '.join(map(str, df.columns[:8]))}")
     def stop(k, text): raise ValueError(f"{path}, row {df.index[k]+1}: {text}")
     df['sequence'] = clean_sequences(df.sequence, path)
     df['name'] = df['sequence_id'] if 'sequence_id' in df else df['name'] if 'name' in df else df.sequence.map(sequence_id)
-    if (blank := df.name.isna() | (df.name == '')).any(): stop(int(blank.to_numpy().argmax()), 'the id is blank: fill it in')
-    if (twice := df.name.duplicated()).any(): stop(int(twice.to_numpy().argmax()), f"id {df.name[twice].iloc[0]} appears twice: drop one of the rows")
-    if (have := {'id_min','id_max'} & set(df)) and len(have) < 2: raise ValueError(f"{path}: has {have.pop()} but not both id_min and id_max: a submission needs both, a table of predictions neither")
+    if (blank := df.name.isna() | (df.name == '')).any():
+        stop(int(blank.to_numpy().argmax()), 'the id is blank: fill it in')
+    if (twice := df.name.duplicated()).any():
+        stop(int(twice.to_numpy().argmax()), f"id {df.name[twice].iloc[0]} appears twice: drop one of the rows")
+    if (have := {'id_min','id_max'} & set(df)) and len(have) < 2:
+        raise ValueError(f"{path}: has {have.pop()} but not both id_min and id_max: a submission needs both, a table "
+                         f"of predictions neither")
     if not have: return df[['name','sequence']]
     df = numbers(df, ['id_min','id_max'], path, whole=True).sort_values('id_min')
     if df.id_min.iloc[0] < 0: stop(0, f"id_min is {df.id_min.iloc[0]}, expected 0 or more")
     n,lo,hi = df.sequence.str.len().to_numpy(),df.id_min.to_numpy(),df.id_max.to_numpy()
-    if (bad := hi - lo + 1 != n).any(): stop(k := int(bad.argmax()), f"ids {lo[k]} to {hi[k]} are {hi[k]-lo[k]+1} positions, but the sequence has {n[k]} nt")
-    if (bad := lo[1:] != hi[:-1] + 1).any(): stop(k := int(bad.argmax()) + 1, f"ids begin at {lo[k]}, but the row before ends at {hi[k-1]}")
+    if (bad := hi - lo + 1 != n).any():
+        stop(k := int(bad.argmax()), f"ids {lo[k]} to {hi[k]} are {hi[k]-lo[k]+1} positions, but the sequence has "
+                                     f"{n[k]} nt")
+    if (bad := lo[1:] != hi[:-1] + 1).any():
+        stop(k := int(bad.argmax()) + 1, f"ids begin at {lo[k]}, but the row before ends at {hi[k-1]}")
     return df[['name','sequence','id_min','id_max']].reset_index(drop=True)
 
 # %% ../nbs/05_infer.ipynb #61c74526
-_schema = pa.schema([('id', pa.int64()), ('reactivity_DMS_MaP', pa.float32()), ('reactivity_2A3_MaP', pa.float32())], metadata={'ribo_nb': json.dumps(dict(version=1, kind='submission'))})
+_schema = pa.schema([('id', pa.int64()), ('reactivity_DMS_MaP', pa.float32()), ('reactivity_2A3_MaP', pa.float32())],
+                    metadata={'ribo_nb': json.dumps(dict(version=1, kind='submission'))})
 
 @contextmanager
 def _table_writer(path, schema):
     "A function that appends a table to a Parquet or, if the name says so, CSV file, which appears when all is written"
-    with atomic(path) as tmp, (pv.CSVWriter(tmp, schema) if str(path).endswith('.csv') else pq.ParquetWriter(tmp, schema)) as w: yield w.write_table
+    with atomic(path) as tmp, (pv.CSVWriter(tmp, schema)
+                               if str(path).endswith('.csv') else pq.ParquetWriter(tmp, schema)) as w:
+        yield w.write_table
 
 def write_submission(
     model:Ensemble,
@@ -132,23 +152,28 @@ def write_submission(
             assert len(ids) == len(p), 'as many predictions as ids: read_test has checked it'
             write(pa.table([ids, p[:, MODS.index('DMS')], p[:, MODS.index('2A3')]], schema=_schema))
             rows += len(p)
-    if rows != test.id_max.iloc[-1] - test.id_min.iloc[0] + 1: raise ValueError(f"{path}: {rows} rows written, expected {test.id_max.iloc[-1] - test.id_min.iloc[0] + 1}")
+    if rows != test.id_max.iloc[-1] - test.id_min.iloc[0] + 1:
+        raise ValueError(f"{path}: {rows} rows written, expected {test.id_max.iloc[-1] - test.id_min.iloc[0] + 1}")
     return rows
 
 # %% ../nbs/05_infer.ipynb #8624ddd0
 def _read_ids(path, *more):
     "The three columns of a submission or solution, in id order, and `more` where there; ValueError names file and row"
     df = read_table(path)
-    if missing := [c for c in _schema.names if c not in df]: raise ValueError(f"{path}: column(s) {', '.join(missing)} are missing")
+    if missing := [c for c in _schema.names if c not in df]:
+        raise ValueError(f"{path}: column(s) {', '.join(missing)} are missing")
     df = numbers(numbers(df, _schema.names[1:], path), ['id'], path, whole=True)
-    if (twice := df.id.duplicated()).any(): raise ValueError(f"{path}, row {twice.idxmax()+1}: id {df.id[twice.idxmax()]} appears twice")
+    if (twice := df.id.duplicated()).any():
+        raise ValueError(f"{path}, row {twice.idxmax()+1}: id {df.id[twice.idxmax()]} appears twice")
     return df[_schema.names + [c for c in more if c in df]].sort_values('id').set_index('id')
 
 def _read_solution(path):
     "Reactivity by id, columns in the order of MODS, NaN where Kaggle ignores it"
     sol = _read_ids(path, 'Usage')
     use = sol.pop('Usage').astype(str).str.lower() if 'Usage' in sol else pd.Series('private', sol.index)
-    if (bad := ~use.isin(['public','private','ignored'])).any(): raise ValueError(f"{path}: Usage of id {bad.idxmax()} is {use[bad.idxmax()]!r}, expected Public, Private or Ignored")
+    if (bad := ~use.isin(['public','private','ignored'])).any():
+        raise ValueError(f"{path}: Usage of id {bad.idxmax()} is {use[bad.idxmax()]!r}, expected Public, Private or "
+                         f"Ignored")
     return sol[[f'reactivity_{m}_MaP' for m in MODS]].where(use != 'ignored')
 
 def _score(pred, truth, who):
@@ -164,7 +189,9 @@ def score_submission(
     "Official metric of a submission file; ValueError when it does not cover the solution"
     truth = _read_solution(solution)
     pred = _read_ids(submission)[truth.columns].reindex(truth.index)
-    if (gone := pred.isna().any(axis=1)).any(): raise ValueError(f"{submission}: {int(gone.sum())} ids of the solution are missing or blank, the first is {gone.idxmax()}: the submission is not complete")
+    if (gone := pred.isna().any(axis=1)).any():
+        raise ValueError(f"{submission}: {int(gone.sum())} ids of the solution are missing or blank, the first is "
+                         f"{gone.idxmax()}: the submission is not complete")
     return _score(pred, truth, solution)
 
 def score_baselines(
@@ -174,11 +201,15 @@ def score_baselines(
     bpp:BppStore,
 )->dict: # name → dict(2A3, DMS, official, positions)
     "The three lookup tables on the same positions"
-    if 'id_min' not in test: raise ValueError('the test table has no id_min and id_max: baselines cannot be matched with the solution')
+    if 'id_min' not in test:
+        raise ValueError('the test table has no id_min and id_max: baselines cannot be matched with the solution')
     rows,truth = np.flatnonzero(~store.rows.sequence.isin(set(test.sequence))),_read_solution(solution)
-    if not len(rows): raise ValueError(f"{store.path}: all its sequences are in the test set, nothing is left to fit a baseline on")
+    if not len(rows):
+        raise ValueError(f"{store.path}: all its sequences are in the test set, nothing is left to fit a baseline on")
     ids = np.arange(test.id_min.iloc[0], test.id_max.iloc[-1] + 1)
-    if len(gone := truth.index.difference(ids)): raise ValueError(f"{solution}: id {gone[0]} belongs to no sequence of the test table: give the table that belongs to this solution")
+    if len(gone := truth.index.difference(ids)):
+        raise ValueError(f"{solution}: id {gone[0]} belongs to no sequence of the test table: give the table that "
+                         f"belongs to this solution")
     bpp.fill([*store.rows.sequence.iloc[rows], *test.sequence])
     preds = baselines(store, rows, test.sequence.tolist(), bpp)
     return {k: _score(pd.DataFrame(np.concatenate(p), ids).loc[truth.index], truth, solution) for k,p in preds.items()}
@@ -211,19 +242,22 @@ def write_figures(
         plt.close(fig)
     for k,(name,s,p) in enumerate(zip(table.name[:most], table.sequence, preds), 1):
         keep(plot_prediction(name, s, p, bpp([s])[0]), f"{k:02d}_{re.sub('[^A-Za-z0-9_.-]', '_', str(name))[:60]}")
-    if len(table) > 1: keep(plot_heatmap(preds[:1000], f'predicted reactivity of {min(len(table), 1000)} sequences'), 'heatmap')
+    if len(table) > 1:
+        keep(plot_heatmap(preds[:1000], f'predicted reactivity of {min(len(table), 1000)} sequences'), 'heatmap')
     return paths
 
 # %% ../nbs/05_infer.ipynb #c0c8b521
 def write_predictions(table, path):
     "The table of `predict`: Parquet with one row per sequence, or CSV with one row per position"
     if str(path).endswith('.csv'):
-        long = table.assign(nt=table.sequence.map(list), position=table.sequence.map(lambda s: range(1, len(s)+1))).drop(columns='sequence')
+        long = table.assign(nt=table.sequence.map(list),
+                            position=table.sequence.map(lambda s: range(1, len(s)+1))).drop(columns='sequence')
         cols = ['name','position','nt',*(f'reactivity_{m}_MaP' for m in MODS)]
         with atomic(path) as tmp: long.explode(cols[1:])[cols].to_csv(tmp, index=False, float_format='%.4f')
         return
     t = pa.Table.from_pandas(table, preserve_index=False)
-    with atomic(path) as tmp: pq.write_table(t.replace_schema_metadata({'ribo_nb': json.dumps(dict(version=1, kind='predictions'))}), tmp)
+    with atomic(path) as tmp:
+        pq.write_table(t.replace_schema_metadata({'ribo_nb': json.dumps(dict(version=1, kind='predictions'))}), tmp)
 
 def infer_file(
     model:Ensemble,
@@ -235,7 +269,8 @@ def infer_file(
     "Predict a file: a submission where it has id_min and id_max, else a table"
     source,out = Path(source),check_target(out, source)
     if not str(out).endswith(('.parquet','.csv')): raise ValueError(f"{out}: the output is a .parquet or .csv file")
-    test = read_test(source) if source.name.lower().removesuffix('.gz').endswith(('.csv','.parquet','.pq')) else read_fasta(source)
+    test = read_test(source) if source.name.lower().removesuffix('.gz').endswith(('.csv','.parquet',
+                                                                                  '.pq')) else read_fasta(source)
     submission = 'id_min' in test
     if submission: n = write_submission(model, test, out, bpp)
     head = test.head(1000) if submission else test
@@ -247,10 +282,12 @@ def infer_file(
 # %% ../nbs/05_infer.ipynb #ce16a23c
 @command()
 @click.argument('sequences', type=click.Path(path_type=Path))
-@click.option('--ckpt', required=True, multiple=True, type=click.Path(path_type=Path), help='Run folder or checkpoint; several make an ensemble.')
+@click.option('--ckpt', required=True, multiple=True, type=click.Path(path_type=Path),
+              help='Run folder or checkpoint; several make an ensemble.')
 @click.option('--out', required=True, type=click.Path(path_type=Path), help='File to write, .parquet or .csv.')
 @click.option('--figures', type=click.Path(path_type=Path), help='Also draw figures into this folder.')
-@click.option('--bpp', 'bpps', type=click.Path(path_type=Path), help='Keep and reuse base-pair probabilities in this folder.')
+@click.option('--bpp', 'bpps', type=click.Path(path_type=Path),
+              help='Keep and reuse base-pair probabilities in this folder.')
 @click.option('--device', default='auto', type=click.Choice(['auto','cpu','cuda']), help='Where to compute.')
 def ribo_infer(sequences, ckpt, out, figures, bpps, device):
     """Predict 2A3 and DMS reactivity (0 to 1 per nucleotide) of SEQUENCES.
@@ -264,7 +301,8 @@ def ribo_infer(sequences, ckpt, out, figures, bpps, device):
 @click.argument('submission', type=click.Path(path_type=Path))
 @click.argument('solution', type=click.Path(path_type=Path))
 @click.option('--test', type=click.Path(path_type=Path), help="The solution's test_sequences.csv, for the baselines.")
-@click.option('--store', type=click.Path(path_type=Path), help='Store to fit the three baselines on, without the test sequences.')
+@click.option('--store', type=click.Path(path_type=Path),
+              help='Store to fit the three baselines on, without the test sequences.')
 @click.option('--bpp', 'bpps', type=click.Path(path_type=Path), help='Folder of the BPP store, for the baselines.')
 def ribo_score(submission, solution, test, store, bpps):
     "Official score (mean absolute error, lower is better) of SUBMISSION against SOLUTION, alone or beside three lookup tables."

@@ -58,7 +58,8 @@ class BiMixer(nn.Module):
         if d_model % n_head: raise ValueError(f"d_model={d_model} is not a multiple of n_head={n_head}")
         self.split = d_model + 4*d_state,d_model,2*n_head  # value and both B and C; gate; both steps
         self.d_state,self.n_head = d_state,n_head
-        self.up,self.down,self.norm = nn.Linear(d_model, sum(self.split)),nn.Linear(d_model, d_model),nn.LayerNorm(d_model)
+        self.up,self.down,self.norm = nn.Linear(d_model, sum(self.split)),nn.Linear(d_model,
+                                                                                    d_model),nn.LayerNorm(d_model)
         self.conv = nn.Conv1d(self.split[0], self.split[0], kernel_size, padding='same', groups=self.split[0])
         step = torch.logspace(-2, 0, n_head).expm1().log()  # inverse of softplus: heads start with steps from 0.01 to 1
         self.step,self.log_rate = nn.Parameter(step.repeat(2)),nn.Parameter(torch.zeros(2*n_head))
@@ -84,7 +85,8 @@ class MambaBlock(nn.Module):
     "Mix along the RNA, then position by position; both residual"
     def __init__(self, d_model, n_head, d_state, kernel_size, dropout):
         super().__init__()
-        self.mixer,self.mlp,self.drop = BiMixer(d_model, n_head, d_state, kernel_size),GatedMLP(d_model),nn.Dropout(dropout)
+        self.mixer,self.mlp,self.drop = BiMixer(d_model, n_head, d_state,
+                                                kernel_size),GatedMLP(d_model),nn.Dropout(dropout)
         self.norm1,self.norm2 = nn.LayerNorm(d_model),nn.LayerNorm(d_model)
 
     def forward(self, x, mask, bpp):
@@ -93,7 +95,8 @@ class MambaBlock(nn.Module):
 
 class Mamba(nn.Module):
     "Batch → predicted reactivity (b l m)"
-    def __init__(self, d_model:int=192, n_layer:int=12, n_head:int=8, d_state:int=32, kernel_size:int=7, dropout:float=.1):
+    def __init__(self, d_model:int=192, n_layer:int=12, n_head:int=8, d_state:int=32, kernel_size:int=7,
+                 dropout:float=.1):
         super().__init__()
         self.embed = Embed(d_model)
         self.blocks = nn.ModuleList(MambaBlock(d_model, n_head, d_state, kernel_size, dropout) for _ in range(n_layer))

@@ -51,7 +51,8 @@ class PairBias(nn.Module):
     "What attention should know about pairs of positions: convolved BPP plus distance, and never look at padding; (b h i j)"
     def __init__(self, n_head, width=8, kernel_size=3):
         super().__init__()
-        self.conv1,self.conv2 = nn.Conv2d(1, width, kernel_size, padding='same'),nn.Conv2d(width, n_head, kernel_size, padding='same')
+        self.conv1,self.conv2 = nn.Conv2d(1, width, kernel_size, padding='same'),nn.Conv2d(width, n_head, kernel_size,
+                                                                                           padding='same')
         self.scale = nn.Parameter(torch.full((n_head,1,1), 4.))  # how loud the plain BPP is at the start
         self.register_buffer('slope', 2.**-torch.linspace(1, 8, n_head)[:,None,None], persistent=False)
 
@@ -143,7 +144,8 @@ class Squeezeformer(nn.Module):
 
 # %% ../nbs/02_squeezeformer.ipynb #d3059f70
 def _same(a, b, eps, what):
-    if (d := (a - b).abs().max().item()) > eps: raise AssertionError(f"{what}: predictions differ by {d:.2g}, allowed is {eps:.0e}")
+    if (d := (a - b).abs().max().item()) > eps:
+        raise AssertionError(f"{what}: predictions differ by {d:.2g}, allowed is {eps:.0e}")
 
 @torch.no_grad()
 def check_invariance(
@@ -160,7 +162,8 @@ def check_invariance(
     _same(model(batch | dict(mask=(m := batch['mask'].float()))), pred, eps, 'float mask')
     if not torch.equal(m, before.float()): raise AssertionError('the float mask was changed in place')
     _same(model({k: v.flip(0) for k,v in batch.items()}).flip(0), pred, eps, 'reversed order')
-    for pad in (1, 17, 250): _same(model(toy_batch(lengths, pad))[:, :pred.shape[1]][before], pred[before], eps, f'padded by {pad}')
+    for pad in (1, 17, 250):
+        _same(model(toy_batch(lengths, pad))[:, :pred.shape[1]][before], pred[before], eps, f'padded by {pad}')
     pair = before[:,:,None] & before[:,None]
     dirt = dict(seq=batch['seq'].masked_fill(~before, 3), bpp=batch['bpp'].masked_fill(~pair, .7))
     _same(model(batch | dirt)[before], pred[before], eps, 'rubbish in the padding')
@@ -176,7 +179,8 @@ def check_gradients(
     model.zero_grad(); model.train()
     batch = toy_batch((61, 40, 17))
     model(batch)[batch['mask']].square().sum().backward()
-    lost = [n for n,p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.abs().sum()]
+    lost = [n for n,p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+            or not p.grad.abs().sum()]
     model.zero_grad()
     if lost: raise AssertionError(f"no gradient, or one that is not finite, at {lost}")
 

@@ -31,7 +31,8 @@ def check_parameters(
         if not cell.startswith('# Parameters'): continue
         given = {t.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets}
         if unknown := sorted(given - set(names)):
-            raise ValueError(f"this notebook has no parameter {', '.join(unknown)}: its parameters are {', '.join(names)}")
+            raise ValueError(f"this notebook has no parameter {', '.join(unknown)}: its parameters are "
+                             f"{', '.join(names)}")
 
 # %% ../nbs/04_train.ipynb #4526721b
 @dataclass(frozen=True)
@@ -64,10 +65,13 @@ class Cfg:
             if f.type is float and type(v) is int: object.__setattr__(self, f.name, float(v))
             elif type(v) is not f.type: raise ValueError(f"Cfg.{f.name} is {v!r}, expected {f.type.__name__}")
         for name,(low,high) in _ranges.items():
-            if not low <= getattr(self, name) <= high: raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected {low} to {high}")
-        if self.d_model % self.n_head: raise ValueError(f"Cfg.d_model is {self.d_model}, expected a multiple of n_head={self.n_head}")
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected {low} to {high}")
+        if self.d_model % self.n_head:
+            raise ValueError(f"Cfg.d_model is {self.d_model}, expected a multiple of n_head={self.n_head}")
         for name,allowed in _choices.items():
-            if getattr(self, name) not in allowed: raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
 
 _ranges = dict(d_model=(1, 4096), n_layer=(1, 200), n_head=(1, 256), kernel_size=(1, 999), d_state=(1, 4096), dropout=(0, .95), fold=(-1, 999),
                n_epoch=(1, 10**6), batch_size=(1, 10**6), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4))
@@ -77,7 +81,8 @@ _choices = dict(model=('squeezeformer','mamba'), engine=tuple(engines), weight=(
 # %% ../nbs/04_train.ipynb #76cbb981
 cfg_0 = Cfg()  # the Squeezeformer, full data
 cfg_mamba = replace(cfg_0, model='mamba', n_head=8, kernel_size=7)  # the state-space model, full data
-cfg_demo = replace(cfg_0, d_model=64, n_layer=4, kernel_size=9, n_epoch=5, batch_size=16, lr=3e-3, dropout=0., warmup=.1)  # minutes on a laptop's CPU
+cfg_demo = replace(cfg_0, d_model=64, n_layer=4, kernel_size=9, n_epoch=5, batch_size=16, lr=3e-3, dropout=0.,
+                   warmup=.1)  # minutes on a laptop's CPU
 cfgs = dict(cfg_0=cfg_0, cfg_mamba=cfg_mamba, cfg_demo=cfg_demo)
 
 def make_cfg(
@@ -87,8 +92,10 @@ def make_cfg(
     "A named configuration with some fields replaced; ValueError lists the valid names"
     if name not in cfgs: raise ValueError(f"no configuration {name!r}, there are: {', '.join(cfgs)}")
     try: o = json.loads(overrides or '{}') if isinstance(overrides, str) else dict(overrides)
-    except ValueError as e: raise ValueError(f"overrides {overrides!r} are not JSON ({e}): write for example '{{\"lr\": 1e-3}}'") from e
-    if not isinstance(o, dict): raise ValueError(f"overrides {overrides!r} are not a JSON object: write for example '{{\"lr\": 1e-3}}'")
+    except ValueError as e:
+        raise ValueError(f"overrides {overrides!r} are not JSON ({e}): write for example '{{\"lr\": 1e-3}}'") from e
+    if not isinstance(o, dict):
+        raise ValueError(f"overrides {overrides!r} are not a JSON object: write for example '{{\"lr\": 1e-3}}'")
     if unknown := sorted(set(o) - set(Cfg.__dataclass_fields__)):
         raise ValueError(f"Cfg has no field {', '.join(unknown)}, its fields are: {', '.join(Cfg.__dataclass_fields__)}")
     return replace(cfgs[name], **o)
@@ -99,7 +106,8 @@ def build(
 )->nn.Module: # batch → predicted reactivity (b l m)
     "The model that a configuration describes, with weights drawn from its seed"
     torch.manual_seed(cfg.seed)
-    if cfg.model == 'mamba': return Mamba(cfg.d_model, cfg.n_layer, cfg.n_head, cfg.d_state, cfg.kernel_size, cfg.dropout)
+    if cfg.model == 'mamba':
+        return Mamba(cfg.d_model, cfg.n_layer, cfg.n_head, cfg.d_state, cfg.kernel_size, cfg.dropout)
     return Squeezeformer(cfg.d_model, cfg.n_layer, cfg.n_head, cfg.kernel_size, cfg.dropout)
 
 def n_parameters(model): return sum(p.numel() for p in model.parameters())
@@ -115,13 +123,16 @@ def absolute_errors(
     pred,react,good = pred.double(),react.double(),good.bool()
     counts = ~react.isnan().any(-1) & good.all(-1)[:,None]  # b l
     p,y = pred[counts],react[counts].clamp(0, 1)
-    if not p.isfinite().all(): raise ValueError(f"{int((~p.isfinite()).any(-1).sum())} of {len(p)} positions that count have a prediction that is not finite")
+    if not p.isfinite().all():
+        raise ValueError(f"{int((~p.isfinite()).any(-1).sum())} of {len(p)} positions that count have a prediction "
+                         f"that is not finite")
     return (p - y).abs().sum(0),int(counts.sum())
 
 def official_mae(pred, react, SN_filter)->float:
     "The competition's score; see `absolute_errors` for the arguments; ValueError when no position counts"
     total,n = absolute_errors(pred, react, SN_filter)
-    if not n: raise ValueError('no position counts: nowhere are both modifiers measured in profiles that pass SN_filter')
+    if not n:
+        raise ValueError('no position counts: nowhere are both modifiers measured in profiles that pass SN_filter')
     return float(total.mean()/n)
 
 # %% ../nbs/04_train.ipynb #4ea9d0a5
@@ -141,7 +152,8 @@ def baselines(
 )->dict: # name → list of predictions (l m), one per sequence
     "Predictions of three lookup tables: per modifier, per nucleotide, per nucleotide and level of p(unpaired)"
     good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()
-    react = pd.DataFrame(np.concatenate([np.where(good[i], store[i][0], np.nan) for i in rows]).clip(0, 1), columns=MODS)
+    react = pd.DataFrame(np.concatenate([np.where(good[i], store[i][0], np.nan) for i in rows]).clip(0, 1),
+                         columns=MODS)
     (nt,level),(nt2,level2) = _describe(store.rows.sequence.iloc[rows], bpp),_describe(sequences, bpp)
     cut,out = np.cumsum([len(s) for s in sequences])[:-1],{}
     for name,key,key2 in (('median per modifier', 0*nt, 0*nt2), ('median per nucleotide', nt, nt2),
@@ -177,10 +189,12 @@ def resolve(
     name = cfg.device
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, also in convolutions
-    if name == 'cuda' and not torch.cuda.is_available(): raise ValueError("Cfg.device is 'cuda', but PyTorch sees no GPU here: use 'auto' or 'cpu'")
+    if name == 'cuda' and not torch.cuda.is_available():
+        raise ValueError("Cfg.device is 'cuda', but PyTorch sees no GPU here: use 'auto' or 'cpu'")
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16).get(cfg.precision)
     if dtype is None:
-        if name == 'cuda': dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if name == 'cuda':
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         else: dtype = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
     return torch.device(name),dtype
 
@@ -213,7 +227,9 @@ def score(
     good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows]
     parts = [absolute_errors(p[None], store[i][0][None], g[None]) for p,i,g in zip(preds, rows, good, strict=True)]
     n = sum(c for _,c in parts)
-    if not n: raise ValueError(f'{store.path}: no position of the held-out fold counts, nowhere do both modifiers pass SN_filter: hold out another fold, or train on everything with fold=-1')
+    if not n:
+        raise ValueError(f'{store.path}: no position of the held-out fold counts, nowhere do both modifiers pass '
+                         f'SN_filter: hold out another fold, or train on everything with fold=-1')
     mae = sum(t for t,_ in parts)/n
     return dict(zip(MODS, mae.tolist())) | dict(official=float(mae.mean()), positions=n)
 
@@ -228,14 +244,18 @@ def load_checkpoint(
     path,
 )->dict: # cfg (a Cfg), model (weights) and, in last.pt, the rest
     "Read a checkpoint without running code from it; ValueError when it is damaged or of another version"
-    if not Path(path).is_file(): raise ValueError(f"{path}: no such checkpoint: train first, or give another file or run folder")
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such checkpoint: train first, or give another file or run folder")
     try:
         with zipfile.ZipFile(path) as z: damaged = z.testzip()  # torch.load does not look at checksums
         ck = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{path}: damaged, or not a checkpoint of ours ({type(e).__name__}): take a copy, or train again") from e
+    except Exception as e:
+        raise ValueError(f"{path}: damaged, or not a checkpoint of ours ({type(e).__name__}): take a copy, or train "
+                         f"again") from e
     if damaged: raise ValueError(f"{path}: damaged ({damaged} has a wrong checksum): take a copy, or train again")
     if not isinstance(ck, dict) or ck.get('version') != CKPT_VERSION or not {'cfg','mods','model'} <= set(ck):
-        raise ValueError(f"{path}: checkpoint version is {ck.get('version') if isinstance(ck, dict) else None}, expected {CKPT_VERSION}: not made by this version of ribo_nb")
+        raise ValueError(f"{path}: checkpoint version is {ck.get('version') if isinstance(ck, dict) else None}, "
+                         f"expected {CKPT_VERSION}: not made by this version of ribo_nb")
     if ck['mods'] != list(MODS): raise ValueError(f"{path}: predicts {ck['mods']}, expected {list(MODS)}")
     with fits(path): return ck | dict(cfg=Cfg(**ck['cfg']))
 
@@ -243,7 +263,9 @@ def load_checkpoint(
 def fits(path):
     "What a checkpoint of another version or model breaks, as one ValueError"
     try: yield
-    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as e: raise ValueError(f"{path}: does not fit this version or configuration ({str(e).splitlines()[0]}): train again, or choose another run folder") from e
+    except (KeyError, TypeError, RuntimeError, ValueError, AttributeError) as e:
+        raise ValueError(f"{path}: does not fit this version or configuration ({str(e).splitlines()[0]}): train again, "
+                         f"or choose another run folder") from e
 
 def load_model(path)->tuple: # model with its weights, Cfg
     "The model of a checkpoint, from its own configuration"
@@ -265,7 +287,8 @@ def lr_at(
 
 def make_optimizer(model, cfg):
     "AdamW; vectors (norms, biases, scales) are not decayed"
-    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == d], weight_decay=cfg.weight_decay*d) for d in (True, False)]
+    groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == d], weight_decay=cfg.weight_decay*d)
+              for d in (True, False)]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(.9, .98))
 
 # %% ../nbs/04_train.ipynb #eeb31f90
@@ -312,8 +335,10 @@ def _save_last(out, cfg, model, opt, scaler, pos):
         os.fsync(log.fileno())  # the log is on disk before a checkpoint says how long it is
         log_bytes = log.tell()
     device = next(model.parameters()).device
-    rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device)) if device.type == 'cuda' else {})
-    save(out/'last.pt', cfg, model=model.state_dict(), opt=opt.state_dict(), scaler=scaler.state_dict(), rng=rng, pos=asdict(pos), log_bytes=log_bytes)
+    rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device))
+                                             if device.type == 'cuda' else {})
+    save(out/'last.pt', cfg, model=model.state_dict(), opt=opt.state_dict(), scaler=scaler.state_dict(), rng=rng,
+         pos=asdict(pos), log_bytes=log_bytes)
 
 def check_same(out, old, new):
     "Raise ValueError, with the differences, when a run folder belongs to another configuration or other data"
@@ -335,7 +360,9 @@ def _load_last(out, cfg, model, opt, scaler):
         device = next(model.parameters()).device
         if 'cuda' in ck['rng'] and device.type == 'cuda': torch.cuda.set_rng_state(ck['rng']['cuda'], device)
         pos,n = Progress(**ck['pos']),ck['log_bytes']
-    if not log.exists() or log.stat().st_size < n: raise ValueError(f"{log}: is shorter than when {last.name} was saved: put the whole log back, or choose another run folder")
+    if not log.exists() or log.stat().st_size < n:
+        raise ValueError(f"{log}: is shorter than when {last.name} was saved: put the whole log back, or choose "
+                         f"another run folder")
     os.truncate(log, n)
     return pos
 
@@ -345,7 +372,8 @@ def stoppable():
     "Yields a list that holds a signal's name once SIGTERM or SIGINT arrived; outside the main thread it stays empty"
     got,old = [],{}
     try:
-        for s in (signal.SIGTERM, signal.SIGINT): old[s] = signal.signal(s, lambda n,_: got.append(signal.Signals(n).name))
+        for s in (signal.SIGTERM, signal.SIGINT):
+            old[s] = signal.signal(s, lambda n,_: got.append(signal.Signals(n).name))
     except ValueError: pass  # not the main thread: signals are somebody else's
     try: yield got
     finally:
@@ -379,10 +407,16 @@ def train(
                 loss,norm,good = train_step(model.train(), opt, scaler, batch, cfg, dtype)
                 pos.add(loss, good, -clock + (clock := time.monotonic()))
                 bar.update()
-                if pos.in_row == 50: raise ValueError(f"{out}: 50 steps in a row gave a loss or gradient that is not finite: lower lr, or set precision to fp32")
-                if pos.step % log_every == 0: bar.set_postfix(loss=_log(out, pos.line(g['lr'], norm))['loss'], refresh=False)
-                if stop or clock - saved > 60*cfg.save_minutes: _save_last(out, cfg, model, opt, scaler, pos); saved = clock
-                if stop: raise KeyboardInterrupt(f"{stop[0]}: stopped at step {pos.step}, saved to {out/'last.pt'}; start the same run again to go on")
+                if pos.in_row == 50:
+                    raise ValueError(f"{out}: 50 steps in a row gave a loss or gradient that is not finite: lower lr, "
+                                     f"or set precision to fp32")
+                if pos.step % log_every == 0:
+                    bar.set_postfix(loss=_log(out, pos.line(g['lr'], norm))['loss'], refresh=False)
+                if stop or clock - saved > 60*cfg.save_minutes:
+                    _save_last(out, cfg, model, opt, scaler, pos); saved = clock
+                if stop:
+                    raise KeyboardInterrupt(f"{stop[0]}: stopped at step {pos.step}, saved to {out/'last.pt'}; start "
+                                            f"the same run again to go on")
             pos.epoch += 1; pos.at = 0
             if len(valid): _log(out, dict(step=pos.step, epoch=pos.epoch, mae=score(predict_rows(model, store, bpp, valid), store, valid)['official'], seconds=round(pos.seconds, 1)))
             _save_last(out, cfg, model, opt, scaler, pos)
@@ -416,12 +450,16 @@ def check_trainable(store:Store, cfg:Cfg):
     "Raise ValueError, before anything is written, when there is nothing to learn from or nothing to score"
     rows,valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
     t = store.rows.iloc[rows]
-    sn,good = (torch.tensor(t[[f'{c}_{m}' for m in MODS]].to_numpy(d)) for c,d in (('signal_to_noise', np.float32), ('SN_filter', bool)))
+    sn,good = (torch.tensor(t[[f'{c}_{m}' for m in MODS]].to_numpy(d)) for c,
+               d in (('signal_to_noise', np.float32), ('SN_filter', bool)))
     measured = torch.tensor(np.array([~np.isnan(store[i][0]).all(0) for i in rows]).reshape(-1, 2))
     if not (sn_weight(dict(sn=sn, SN_filter=good), cfg.weight)*measured).sum():
-        raise ValueError(f"{store.path}: the {len(rows)} rows outside fold {cfg.fold} hold no profile to learn from (with weight={cfg.weight!r}): another fold, another weight, or more data")
+        raise ValueError(f"{store.path}: the {len(rows)} rows outside fold {cfg.fold} hold no profile to learn from "
+                         f"(with weight={cfg.weight!r}): another fold, another weight, or more data")
     if cfg.fold < 0: return
-    if not len(valid): raise ValueError(f"{store.path} has no fold {cfg.fold}, its folds are {sorted(store.rows.fold.unique().tolist())}; -1 trains on everything")
+    if not len(valid):
+        raise ValueError(f"{store.path} has no fold {cfg.fold}, its folds are "
+                         f"{sorted(store.rows.fold.unique().tolist())}; -1 trains on everything")
     score([np.zeros_like(store[i][0]) for i in valid], store, valid)
 
 def train_run(
@@ -438,8 +476,11 @@ def train_run(
     check_target(out/'cfg.json')
     if (out/'last.pt').exists() and (out/'cfg.json').exists():
         try: old = json.loads((out/'cfg.json').read_text())
-        except ValueError as e: raise ValueError(f"{out/'cfg.json'}: is not JSON ({e}): put the right one back, or choose another run folder") from e
-        for k in record: check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, record[k])
+        except ValueError as e:
+            raise ValueError(f"{out/'cfg.json'}: is not JSON ({e}): put the right one back, or choose another run "
+                             f"folder") from e
+        for k in record:
+            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, record[k])
     with atomic(out/'cfg.json') as p: p.write_text(json.dumps(record, indent=1))
     bpp = BppStore(bpps or datamount()/'bpp', engine(cfg.engine))
     bpp.fill(store.rows.sequence)
@@ -464,9 +505,14 @@ def plot_log(
     "Training loss and, after each epoch, the official MAE of the held-out fold; learning rate beneath"
     d = pd.DataFrame(log)
     fig,(a,b) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=[3,1], layout='constrained')
-    if 'loss' in d: t = d.dropna(subset='loss'); a.plot(t.step, t.loss, color='.6', lw=1, label='training loss (weighted)'); b.plot(t.step, t.lr, color='.6')
-    if 'mae' in d: v = d.dropna(subset='mae'); a.plot(v.step, v.mae, 'o-', ms=3, color='#c8553d', label=f'held-out official MAE, last {v.mae.iloc[-1]:.4f}')
-    a.set(ylabel='mean absolute error'); a.legend(frameon=False); b.set(xlabel='step', ylabel='learning rate'); sns.despine(fig)
+    if 'loss' in d:
+        t = d.dropna(subset='loss'); a.plot(t.step, t.loss, color='.6', lw=1,
+                                            label='training loss (weighted)'); b.plot(t.step, t.lr, color='.6')
+    if 'mae' in d:
+        v = d.dropna(subset='mae'); a.plot(v.step, v.mae, 'o-', ms=3, color='#c8553d',
+                                           label=f'held-out official MAE, last {v.mae.iloc[-1]:.4f}')
+    a.set(ylabel='mean absolute error'); a.legend(frameon=False); b.set(xlabel='step',
+                                                                        ylabel='learning rate'); sns.despine(fig)
     return fig
 
 def plot_scores(
@@ -479,7 +525,8 @@ def plot_scores(
     known = ('median per modifier','median per nucleotide','unpaired-probability lookup')
     ax.barh(d.index, d.official, color=['.75' if i in known else '#c8553d' for i in d.index])
     for y,v in enumerate(d.official): ax.text(v, y, f' {v:.4f}', va='center')
-    ax.set(xlabel='official MAE on the held-out fold (lower is better)', title=title, xlim=(0, d.official.max()*1.12)); sns.despine(fig)
+    ax.set(xlabel='official MAE on the held-out fold (lower is better)', title=title,
+           xlim=(0, d.official.max()*1.12)); sns.despine(fig)
     return fig
 
 def plot_pred(
@@ -495,7 +542,8 @@ def plot_pred(
         ax.hexbin(y[k,m], p[k,m], gridsize=45, extent=(0,1,0,1), bins='log', cmap=cmap, mincnt=1, lw=0)
         ax.plot([0,1], [0,1], color='k', lw=.8, ls='--')
         r = np.corrcoef(y[k,m], p[k,m])[0,1] if k.sum() > 2 else np.nan
-        ax.set(title=f'{MODS[m]}: r = {r:.3f}, MAE = {np.abs(y[k,m]-p[k,m]).mean():.3f}', xlabel='measured', ylabel='predicted', aspect='equal')
+        ax.set(title=f'{MODS[m]}: r = {r:.3f}, MAE = {np.abs(y[k,m]-p[k,m]).mean():.3f}', xlabel='measured',
+               ylabel='predicted', aspect='equal')
     fig.suptitle(title, fontsize=10); sns.despine(fig)
     return fig
 
@@ -505,7 +553,8 @@ def plot_pred(
 @click.option('--data', default='simulated', help="Store written by ribo_data, or 'simulated'.")
 @click.option('--run', 'out', type=click.Path(path_type=Path), help='Run folder.  [default: datamount/runs/CFG]')
 @click.option('--overrides', default='{}', help='JSON: fields of the configuration that differ, e.g. \'{"lr": 1e-3}\'.')
-@click.option('--bpp', 'bpps', type=click.Path(path_type=Path), help='Folder of the BPP store.  [default: datamount/bpp]')
+@click.option('--bpp', 'bpps', type=click.Path(path_type=Path),
+              help='Folder of the BPP store.  [default: datamount/bpp]')
 def ribo_train(name, data, out, overrides, bpps):
     "Train the configuration CFG (cfg_demo, cfg_0, cfg_mamba), or go on where it stopped."
     out = out or datamount()/'runs'/name
