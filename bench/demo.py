@@ -8,9 +8,12 @@ BIN,ROOT = Path(sys.executable).parent,Path(__file__).parent.parent
 def measure(*args):
     "Run a command → (seconds, peak resident MB of it and its children); its own last words when it fails"
     with tempfile.TemporaryFile('w+') as out:
-        t,p,peak = time.perf_counter(),subprocess.Popen([str(BIN/args[0]), *map(str, args[1:])], cwd=ROOT, stdout=out, stderr=out, env=dict(os.environ, TQDM_DISABLE='1')),0
+        t,peak = time.perf_counter(),0
+        p = subprocess.Popen([str(BIN/args[0]), *map(str, args[1:])], cwd=ROOT, stdout=out, stderr=out, env=dict(os.environ, TQDM_DISABLE='1'))
         while p.poll() is None:
-            try: peak = max(peak, sum(q.memory_info().rss for q in [(me := psutil.Process(p.pid)), *me.children(recursive=True)]))
+            try:
+                me = psutil.Process(p.pid)
+                peak = max(peak, sum(q.memory_info().rss for q in [me, *me.children(recursive=True)]))
             except psutil.NoSuchProcess: pass
             time.sleep(.05)
         out.seek(0)

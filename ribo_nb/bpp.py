@@ -6,8 +6,8 @@
 __all__ = ['engines', 'BPP_VERSION', 'Vienna', 'engine', 'check_bpp', 'sparse', 'BppStore', 'plot_dots', 'plot_arcs',
            'clean_sequences', 'read_sequences', 'ribo_bpp']
 
-# %% ../nbs/01_bpp.ipynb #01232712
-import hashlib,json,click,joblib,numpy as np,pandas as pd,pyarrow as pa,pyarrow.parquet as pq,torch
+# %% ../nbs/01_bpp.ipynb #9d4cb0c6
+import hashlib,json,click,joblib,numpy as np,pyarrow as pa,pyarrow.parquet as pq,torch
 import matplotlib.pyplot as plt,seaborn as sns
 from joblib.externals.loky import get_reusable_executor
 from matplotlib.patches import Arc

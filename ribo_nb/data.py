@@ -9,16 +9,15 @@ __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERS
            'sha256', 'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch',
            'epoch_batches', 'held_out', 'write_holdout', 'ribo_data']
 
-# %% ../nbs/00_data.ipynb #a70904f5
-import hashlib,json,os,re,sys,tempfile,zlib,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq
+# %% ../nbs/00_data.ipynb #eee49328
+import hashlib,json,os,re,sys,zlib,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq
 import matplotlib.pyplot as plt,seaborn as sns,torch
 from contextlib import contextmanager
-from functools import cache,partial
+from functools import partial
 from pathlib import Path
 from scipy.sparse import coo_array,csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import gamma
-from torch import Tensor
 from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #2b4d5cd4
