@@ -40,21 +40,7 @@ def load(
                              f"separately")
     return Ensemble(members, cfgs).to(resolve(replace(cfgs[0], device=device))[0]).eval()
 
-# %% ../nbs/05_infer.ipynb #08671370
-def _predict(model, sequences, bpp, batch_size=32):
-    "Predictions (l m), float32 in [0,1], in the order given; ValueError when one is not finite"
-    device,length,out = next(model.parameters()).device,np.array([len(s) for s in sequences]),[None]*len(sequences)
-    with torch.inference_mode():
-        for at in epoch_batches(length, batch_size):
-            batch = collate([sequences[i] for i in at], lambda s: bpp(s, device))
-            pred = model(to_device(batch, device)).float().clamp(0, 1).cpu().numpy()
-            for k,i in enumerate(at):
-                out[i] = pred[k, :length[i]]
-                if not np.isfinite(out[i]).all():
-                    raise ValueError(f"the prediction for {sequences[i][:30]}… is not finite: the checkpoint has "
-                                     f"diverged, use another")
-    return out
-
+# %% ../nbs/05_infer.ipynb #5067960a
 def predict(
     model:Ensemble, # from `load`
     sequences, # RNA strings
@@ -66,7 +52,7 @@ def predict(
     if not all(sequences): raise ValueError(f"sequence {sequences.index('')+1} is empty")
     bpp = bpp if bpp is not None else BppStore(engine=engine(model.cfgs[0].engine))
     bpp.fill(sequences)
-    preds = _predict(model, sequences, bpp)
+    preds = predict_sequences(model, sequences, bpp)
     out = pd.DataFrame(dict(name=list(names) if names is not None else [sequence_id(s) for s in sequences],
                             sequence=sequences))
     for m,mod in enumerate(MODS): out[f'reactivity_{mod}_MaP'] = [p[:,m] for p in preds]
@@ -147,7 +133,7 @@ def write_submission(
         for k in progress(range(0, len(test), block), 'predict', unit='block'):
             t = test.iloc[k:k+block]
             bpp.fill(t.sequence)
-            p = np.concatenate(_predict(model, t.sequence.tolist(), bpp))
+            p = np.concatenate(predict_sequences(model, t.sequence.tolist(), bpp))
             ids = np.arange(t.id_min.iloc[0], t.id_max.iloc[-1] + 1)
             assert len(ids) == len(p), 'as many predictions as ids: read_test has checked it'
             write(pa.table([ids, p[:, MODS.index('DMS')], p[:, MODS.index('2A3')]], schema=_schema))

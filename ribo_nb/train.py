@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['cfg_0', 'cfg_mamba', 'cfg_demo', 'cfgs', 'CKPT_VERSION', 'check_parameters', 'Cfg', 'make_cfg', 'build',
            'n_parameters', 'absolute_errors', 'official_mae', 'baselines', 'sn_weight', 'masked_mae', 'resolve',
-           'to_device', 'predict_rows', 'score', 'save', 'load_checkpoint', 'fits', 'load_model', 'lr_at',
-           'make_optimizer', 'train_step', 'Progress', 'check_same', 'stoppable', 'train', 'read_log', 'sample_store',
-           'check_trainable', 'train_run', 'final_scores', 'plot_log', 'plot_scores', 'plot_pred', 'ribo_train']
+           'to_device', 'predict_sequences', 'predict_rows', 'score', 'save', 'load_checkpoint', 'fits', 'load_model',
+           'lr_at', 'make_optimizer', 'train_step', 'Progress', 'check_same', 'stoppable', 'train', 'read_log',
+           'sample_store', 'check_trainable', 'train_run', 'final_scores', 'plot_log', 'plot_scores', 'plot_pred',
+           'ribo_train']
 
 # %% ../nbs/04_train.ipynb #f0bfff4b
 import ast,json,math,os,platform,signal,subprocess,time,zipfile,click,numpy as np,pandas as pd,torch
@@ -200,23 +201,29 @@ def resolve(
 
 def to_device(batch, device): return {k: v.to(device, non_blocking=True) for k,v in batch.items()}
 
-# %% ../nbs/04_train.ipynb #86d992d5
-@torch.no_grad()
-def predict_rows(
+# %% ../nbs/04_train.ipynb #73cdc919
+@torch.inference_mode()
+def predict_sequences(
     model:nn.Module, # batch → (b l m)
-    store:Store,
-    bpp:BppStore,
-    rows:np.ndarray, # row numbers
+    sequences:list, # RNA strings
+    bpp:BppStore, # holds the BPPs of all
     batch_size:int=32,
-)->list: # predictions clipped to [0,1], float32 (l m), in the order of `rows`
-    "Predict rows of a store, long ones first so that memory trouble shows at once"
+)->list: # predictions clipped to [0,1], float32 (l m), in the order given
+    "Predict, long RNAs first so that memory trouble shows at once; ValueError when a prediction is not finite"
     model.eval()
-    device,length,out = next(model.parameters()).device,store.rows.sequence.iloc[rows].str.len().to_numpy(),[None]*len(rows)
+    device,length,out = next(model.parameters()).device,np.array([len(s) for s in sequences]),[None]*len(sequences)
     for at in epoch_batches(length, batch_size):
-        batch = collate(store.rows.sequence.iloc[rows[at]].tolist(), lambda s: bpp(s, device))
+        batch = collate([sequences[i] for i in at], lambda s: bpp(s, device))
         pred = model(to_device(batch, device)).float().clamp(0, 1).cpu().numpy()
-        for k,i in enumerate(at): out[i] = pred[k, :length[i]]
+        for k,i in enumerate(at):
+            out[i] = pred[k, :length[i]]
+            if not np.isfinite(out[i]).all():
+                raise ValueError(f"the prediction for {sequences[i][:30]}… is not finite: the model has diverged")
     return out
+
+def predict_rows(model, store:Store, bpp, rows)->list:
+    "The same for rows of a store"
+    return predict_sequences(model, store.rows.sequence.iloc[rows].tolist(), bpp)
 
 def score(
     preds:list, # one (l m) array per row
