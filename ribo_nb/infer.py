@@ -35,8 +35,8 @@ def load(
     paths = [p/'best.pt' if p.is_dir() else p for p in paths]
     members,cfgs = zip(*map(load_model, paths), strict=True)
     for p,c in zip(paths, cfgs, strict=True):
-        if c.engine != cfgs[0].engine:
-            raise ValueError(f"{p} was trained on {c.engine} BPPs, {paths[0]} on {cfgs[0].engine}: predict with them "
+        if (c.engine, c.engine_params) != (cfgs[0].engine, cfgs[0].engine_params):
+            raise ValueError(f"{p} was trained on {c.engine} {c.engine_params} BPPs, {paths[0]} on {cfgs[0].engine} {cfgs[0].engine_params}: predict with them "
                              f"separately")
     return Ensemble(members, cfgs).to(resolve(replace(cfgs[0], device=device))[0]).eval()
 
@@ -50,7 +50,7 @@ def predict(
     "Predicted reactivity of each sequence"
     sequences = [decode(encode(s)) for s in ([sequences] if isinstance(sequences, str) else sequences)]
     if not all(sequences): raise ValueError(f"sequence {sequences.index('')+1} is empty")
-    bpp = bpp if bpp is not None else BppStore(engine=engine(model.cfgs[0].engine))
+    bpp = bpp if bpp is not None else BppStore(engine=folding(model.cfgs[0]))
     bpp.fill(sequences)
     preds = predict_sequences(model, sequences, bpp)
     out = pd.DataFrame(dict(name=list(names) if names is not None else [sequence_id(s) for s in sequences],
@@ -209,7 +209,7 @@ def plot_prediction(
 )->plt.Figure:
     "Arcs of the likely pairs above the predicted reactivity of both modifiers"
     fig = plot_arcs(bpp, pred, sequence)
-    fig.axes[0].set_title(f'{name}: predicted reactivity (bars) and ViennaRNA base pairs (arcs)', fontsize=10)
+    fig.axes[0].set_title(f'{name}: predicted reactivity (bars) and base pairs (arcs)', fontsize=10)
     return fig
 
 def write_figures(
@@ -281,7 +281,7 @@ def ribo_infer(sequences, ckpt, out, figures, bpps, device):
     FASTA, or a table with a column `sequence`, gives a table with one row per sequence (CSV: per nucleotide).
     Kaggle's test_sequences (with id_min and id_max) gives a submission."""
     model = load(list(ckpt), device)
-    click.echo(infer_file(model, sequences, out, BppStore(bpps, engine(model.cfgs[0].engine)), figures))
+    click.echo(infer_file(model, sequences, out, BppStore(bpps, folding(model.cfgs[0])), figures))
 
 @command()
 @click.argument('submission', type=click.Path(path_type=Path))

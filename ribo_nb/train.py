@@ -7,8 +7,8 @@ __all__ = ['cfg_0', 'cfg_mamba', 'cfg_demo', 'cfgs', 'CKPT_VERSION', 'check_para
            'n_parameters', 'absolute_errors', 'official_mae', 'baselines', 'sn_weight', 'masked_mae', 'resolve',
            'to_device', 'predict_sequences', 'predict_rows', 'score', 'save', 'load_checkpoint', 'fits', 'load_model',
            'lr_at', 'make_optimizer', 'train_step', 'Progress', 'check_same', 'stoppable', 'train', 'read_log',
-           'sample_store', 'check_trainable', 'train_run', 'final_scores', 'plot_log', 'plot_scores', 'plot_pred',
-           'ribo_train']
+           'sample_store', 'folding', 'check_trainable', 'train_run', 'final_scores', 'plot_log', 'plot_scores',
+           'plot_pred', 'ribo_train']
 
 # %% ../nbs/04_train.ipynb #f0bfff4b
 import ast,json,math,os,platform,signal,subprocess,time,zipfile,click,numpy as np,pandas as pd,torch
@@ -47,10 +47,11 @@ class Cfg:
     d_state:int=32 # memory per head (mamba only)
     dropout:float=.1
     fold:int=0 # held out for validation; -1: train on everything
-    engine:str='vienna' # of the base-pair probabilities
+    engine:str='native' # of the base-pair probabilities
+    engine_params:str='' # first 8 digits of the SHA-256 of its parameter file; '' takes what is found, and a run records it
     weight:str='log1p' # how signal_to_noise weighs a profile in the loss: none | SN_filter | log1p
     n_epoch:int=60
-    batch_size:int=64 # sequences
+    batch_size:int=64 # sequences of 177 nt: more if they are shorter, fewer if they are longer
     lr:float=2e-3 # peak
     weight_decay:float=.01
     warmup:float=.05 # part of all steps
@@ -212,8 +213,8 @@ def predict_sequences(
     "Predict, long RNAs first so that memory trouble shows at once; ValueError when a prediction is not finite"
     model.eval()
     device,length,out = next(model.parameters()).device,np.array([len(s) for s in sequences]),[None]*len(sequences)
-    for at in epoch_batches(length, batch_size):
-        batch = collate([sequences[i] for i in at], lambda s: bpp(s, device))
+    for at in epoch_batches(length, batch_size*177):
+        batch = collate([sequences[i] for i in at], lambda s, flip=None: bpp(s, flip, device))
         pred = model(to_device(batch, device)).float().clamp(0, 1).cpu().numpy()
         for k,i in enumerate(at):
             out[i] = pred[k, :length[i]]
@@ -404,12 +405,12 @@ def train(
     opt,scaler = make_optimizer(model, cfg),torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     pos = _load_last(out, cfg, model, opt, scaler)
     length = store.rows.sequence.str.len().to_numpy()[rows]
-    steps = cfg.n_epoch*len(epoch_batches(length, cfg.batch_size, cfg.seed))
+    steps = cfg.n_epoch*len(epoch_batches(length, cfg.batch_size*177, cfg.seed))
     with stoppable() as stop, progress(desc=out.name, total=steps, initial=pos.step, unit='step') as bar:
         clock = saved = time.monotonic()
         while pos.epoch < cfg.n_epoch:
-            for at in epoch_batches(length, cfg.batch_size, cfg.seed, pos.epoch)[pos.at:]:
-                batch = to_device(training_batch(store, rows[at], lambda s: bpp(s, device)), device)
+            for at in epoch_batches(length, cfg.batch_size*177, cfg.seed, pos.epoch)[pos.at:]:
+                batch = to_device(training_batch(store, rows[at], lambda s, flip=None: bpp(s, flip, device)), device)
                 for g in opt.param_groups: g['lr'] = lr_at(pos.step, steps, cfg)
                 loss,norm,good = train_step(model.train(), opt, scaler, batch, cfg, dtype)
                 pos.add(loss, good, -clock + (clock := time.monotonic()))
@@ -452,6 +453,15 @@ def _code_version():
     try: return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '-uno')) or None
     except OSError: return None
 
+# %% ../nbs/04_train.ipynb #6870c2bd
+def folding(cfg:Cfg)->Engine:
+    "The engine of a configuration, with the parameters that it names; ValueError when they are not here"
+    eng = engine(cfg.engine, native_params(cfg.engine_params) if cfg.engine == 'native' else None)
+    if cfg.engine_params not in ('', found := eng.key['params']):
+        raise ValueError(f"BPPs by {cfg.engine} with parameters {cfg.engine_params} are expected, here are {found} "
+                         f"({eng.params}): name the right file in $ETERNAFOLD_PARAMETERS")
+    return eng
+
 # %% ../nbs/04_train.ipynb #9fe2826a
 def check_trainable(store:Store, cfg:Cfg):
     "Raise ValueError, before anything is written, when there is nothing to learn from or nothing to score"
@@ -477,6 +487,8 @@ def train_run(
 )->dict: # the metrics, also in metrics.json
     "One run from beginning to end, or from where it stopped to the end"
     store,out = Store(sample_store() if str(data) == 'simulated' else data),Path(out or datamount()/'runs'/'run')
+    eng = folding(cfg)
+    cfg = replace(cfg, engine_params=eng.key['params'])
     check_trainable(store, cfg)
     device,dtype = resolve(cfg)
     record = dict(cfg=asdict(cfg), data=dict(path=store.path.name, **store.meta))
@@ -489,7 +501,7 @@ def train_run(
         for k in record:
             check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, record[k])
     with atomic(out/'cfg.json') as p: p.write_text(json.dumps(record, indent=1))
-    bpp = BppStore(bpps or datamount()/'bpp', engine(cfg.engine))
+    bpp = BppStore(bpps or datamount()/'bpp', eng)
     bpp.fill(store.rows.sequence)
     model = build(cfg).to(device)
     train(cfg, model, store, bpp, out)

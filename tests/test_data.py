@@ -1,9 +1,10 @@
 "Bad tables, killed conversions, and the real thing where it is at hand."
-import signal,time
+import csv,signal,time
 import numpy as np,pandas as pd,pytest
 from helpers import REAL,invoke,start
 from ribo_nb.bpp import BppStore,engine
-from ribo_nb.data import MODS,Store,simulate
+from ribo_nb import data
+from ribo_nb.data import MODS,Store,epoch_batches,simulate,training_batch,write_store
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f'real data not found at {REAL}')
 
@@ -55,15 +56,90 @@ def test_rows_in_any_order_and_either_key_name(raw, tmp_path):
     pd.testing.assert_frame_equal(a.rows, b.rows)
     np.testing.assert_array_equal(a.react, b.react); np.testing.assert_array_equal(a.err, b.err)
 
-def test_killed_folding_goes_on(mount, tmp_path):
-    "SIGKILL while folding: the next start computes only what is missing, and the store equals an uninterrupted one"
-    p = start('ribo_bpp', mount/'store.parquet', '--out', tmp_path)
-    time.sleep(6)
-    p.send_signal(signal.SIGKILL); p.communicate()
-    assert invoke('ribo_bpp', mount/'store.parquet', '--out', tmp_path).exit_code == 0
-    seqs = Store(mount/'store.parquet').rows.sequence.tolist()
-    a,b = BppStore(tmp_path),BppStore(mount/'bpp')
-    assert not a.missing(seqs) and (a(seqs) == b(seqs)).all()
+def test_modifiers_far_apart(raw, tmp_path):
+    "All 2A3 rows first, the DMS rows backwards after them: the same store as with the two side by side"
+    raw.to_parquet(tmp_path/'a.parquet')
+    dms = raw.experiment_type == 'DMS_MaP'
+    pd.concat([raw[~dms], raw[dms][::-1]]).to_parquet(tmp_path/'b.parquet', row_group_size=7)
+    a,b = (write_store(tmp_path/f'{n}.parquet', tmp_path/f'{n}.store') for n in 'ab')
+    pd.testing.assert_frame_equal(a, b)
+    a,b = (Store(tmp_path/f'{n}.store') for n in 'ab')
+    np.testing.assert_array_equal(a.profile, b.profile)
+
+def test_csv_dialects(raw, tmp_path):
+    "CRLF, quotes, a byte order mark, NaN and NA, exponents, blank lines, no newline at the end"
+    raw.to_csv(tmp_path/'a.csv', index=False)
+    raw.to_csv(tmp_path/'b.csv', index=False, quoting=csv.QUOTE_ALL, lineterminator='\r\n', encoding='utf-8-sig')
+    raw.to_csv(tmp_path/'c.csv', index=False, na_rep='NaN', float_format='%.9e')
+    (tmp_path/'d.csv').write_text(raw.to_csv(index=False, na_rep='NA').replace('\n', '\n\n').rstrip())
+    want = write_store(tmp_path/'a.csv', tmp_path/'a.store')
+    for n in 'bcd':
+        pd.testing.assert_frame_equal(write_store(tmp_path/f'{n}.csv', tmp_path/f'{n}.store'), want)
+        np.testing.assert_array_equal(Store(tmp_path/f'{n}.store').profile, Store(tmp_path/'a.store').profile)
+
+def test_killed_conversion_leaves_no_store(raw, tmp_path):
+    "SIGKILL at any moment: no store; the next start succeeds and nothing else is left"
+    big = pd.concat([raw.assign(sequence_id=raw.sequence_id + f'x{k}') for k in range(300)])
+    big.to_parquet(tmp_path/'raw.parquet')
+    (tmp_path/'out').mkdir()
+    seen = set()
+    for _ in range(2):
+        p = start('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'out'/'s.parquet')
+        while p.poll() is None and not (litter := [f.name for f in (tmp_path/'out').iterdir()]): time.sleep(.002)
+        p.send_signal(signal.SIGKILL); p.communicate()
+        seen |= set(litter)
+        assert not (tmp_path/'out'/'s.parquet').exists()
+    assert any(f.endswith('.tmp') for f in seen)
+    assert invoke('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'out'/'s.parquet').exit_code == 0
+    assert [f.name for f in (tmp_path/'out').iterdir()] == ['s.parquet']
+
+def test_store_in_a_folder_that_cannot_be_written(raw, tmp_path, monkeypatch):
+    "The sidecar goes to the temporary folder, and is found there again"
+    raw.to_parquet(tmp_path/'raw.parquet')
+    write_store(tmp_path/'raw.parquet', tmp_path/'s.parquet')
+    write,spare,wrote = data._write_sidecar,tmp_path/'spare',[]
+    def refuse(store, path, *rest):
+        if path.parent == tmp_path: raise PermissionError(13, 'Permission denied')
+        wrote.append(path)
+        write(store, path, *rest)
+    monkeypatch.setattr(data, '_write_sidecar', refuse)
+    monkeypatch.setattr(data.tempfile, 'gettempdir', lambda: str(spare))
+    a,b = Store(tmp_path/'s.parquet'),Store(tmp_path/'s.parquet')
+    np.testing.assert_array_equal(a.profile, b.profile)
+    assert len(wrote) == 1 and not list(tmp_path.glob('*.mmap'))
+
+def test_sidecar_belongs_to_its_store(raw, tmp_path):
+    "A store written anew under the same name does not get the profiles of the old one"
+    for n,d in dict(a=raw, b=raw[raw.sequence_id != raw.sequence_id[0]]).items(): d.to_parquet(tmp_path/f'{n}.parquet')
+    n = []
+    for k in 'ab':
+        write_store(tmp_path/f'{k}.parquet', tmp_path/'s.parquet')
+        s = Store(tmp_path/'s.parquet')
+        assert len(s.react) == s.rows.sequence.str.len().sum()
+        n.append(len(s))
+    assert n[0] > n[1]
+
+def test_batches_on_any_lengths():
+    "Every row exactly once over all ranks, the budget kept, as many batches in every epoch"
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 7, 500):
+        length = rng.integers(1, 500, n)
+        for world in (1, 3):
+            epochs = [[epoch_batches(length, 2000, 5, e, r, world) for r in range(world)] for e in range(3)]
+            assert len({len(b) for e in epochs for b in e}) == 1
+            for e in epochs:
+                assert sorted(np.concatenate([np.zeros(0, int), *sum(e, [])]).tolist()) == list(range(n))
+                for parts in zip(*e, strict=True):
+                    b = np.concatenate(parts)
+                    assert len(b) == 1 or length[b].max()*len(b) <= 2000
+
+def test_flip_twice_is_the_identity(mount):
+    s = Store(mount/'store.parquet')
+    rows = np.arange(20)
+    a,b = training_batch(s, rows),training_batch(s, rows, flip=np.ones(20, bool))
+    for k in ('seq','react','react_err'):
+        for i,n in enumerate(np.diff(s.start)[:20]): np.testing.assert_array_equal(b[k][i,:n].flip(0), a[k][i,:n])
+    for k in ('mask','sn','SN_filter'): np.testing.assert_array_equal(a[k], b[k])
 
 @real
 def test_bpp_equals_published_reference():
