@@ -836,6 +836,7 @@ def _work(home, *args):
     if os.getppid() == home and not _watched:
         _watched.append(Thread(target=watch, daemon=True))
         _watched[0].start()
+    args[0].prepare()  # here, not in every child anew
     return fold_some(*args)
 
 # %% ../nbs/01_bpp.ipynb #09469435
