@@ -36,7 +36,7 @@ lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes
 	$B/jupyter lab --notebook-dir nbs
 docs: install  ## the book as HTML, in _docs/
 	$B/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
-bench: install  ## seconds, peak memory and sequences per second of each stage of the demo
+bench: install  ## seconds, peak memory and sequences per second of each stage of the demo (bench/data.py, bench/bpp.py: each on its own)
 	$B/python bench/demo.py
 clean:    ## remove .venv and what is generated; data and runs in datamount/ stay
 	rm -rf .venv _docs *.egg-info

@@ -14,12 +14,10 @@ import matplotlib.pyplot as plt,numpy as np,pandas as pd,seaborn as sns,torch
 from filelock import FileLock
 from functools import cached_property
 from io import FileIO
-from joblib.externals.loky import get_reusable_executor
 from matplotlib.patches import Arc
 from multiprocessing.connection import Pipe
 from numba import njit
 from pathlib import Path
-from threading import Thread
 from torch import Tensor
 from typing import NamedTuple
 from .data import *
@@ -804,6 +802,7 @@ def fold_some(
     limit:float|None=None, # seconds per sequence
 )->tuple: # (the sequences; per sequence an array of `PAIR`, or a str that says why there is none)
     "What one worker does at a time"
+    if isinstance(eng, Native): eng.prepare()  # compiled here, not in every child anew
     out = []
     while len(out) < len(sequences): out += _in_child(eng, sequences[len(out):], threshold, limit)
     return sequences,out
@@ -818,44 +817,20 @@ def _pieces(eng, sequences, stored, seconds=2., most=256):
         if cost >= seconds or len(piece) == most: yield piece; piece,cost = [],0.
     if piece: yield piece
 
-def _workers(eng, todo, n_jobs):
-    "joblib's number of jobs: one where starting processes would take longer than the work"
-    local = type(joblib.parallel.get_active_backend()[0]).__name__ in ('LokyBackend','ThreadingBackend',
-                                                                       'SequentialBackend')
-    short = n_jobs == -1 and sum(eng.seconds(len(s)) for s in todo) < 20
-    return (1 if short and local else n_jobs),local
-
-# %% ../nbs/01_bpp.ipynb #e884c7d8
-_watched = []
-
-def _work(home, *args):
-    "`fold_some` in a worker, which ends with the process `home` that started it, however that one ended"
-    def watch():
-        while os.getppid() == home: time.sleep(1)
-        os._exit(1)
-    if os.getppid() == home and not _watched:
-        _watched.append(Thread(target=watch, daemon=True))
-        _watched[0].start()
-    args[0].prepare()  # here, not in every child anew
-    return fold_some(*args)
-
 # %% ../nbs/01_bpp.ipynb #09469435
 def _fold_all(store, todo, n_jobs, limit):
     "Fold `todo` in parallel, storing what has come back every few seconds, and whatever happens at the end"
-    (n_jobs,local),stored,done,last = _workers(store.eng, todo, n_jobs),set(),[],time.monotonic()
-    jobs = joblib.Parallel(n_jobs, return_as='generator_unordered', batch_size=1, pre_dispatch='2*n_jobs',
-                           max_nbytes=None)
-    tasks = (joblib.delayed(_work)(os.getpid(), store.eng, p, store.threshold, limit)
-             for p in _pieces(store.eng, todo, stored))
+    store.eng.prepare()
+    stored,done,last = set(),[],time.monotonic()
+    jobs = joblib.Parallel(n_jobs, prefer='threads', return_as='generator_unordered', batch_size=1, pre_dispatch='2*n_jobs')
+    tasks = (joblib.delayed(fold_some)(store.eng, p, store.threshold, limit) for p in _pieces(store.eng, todo, stored))
     try:
         with progress(desc=f'fold with {store.eng.name}', total=len(todo), unit='seq') as bar:
             for some,got in jobs(tasks):
                 done += zip(some, got, strict=True)
                 bar.update(len(some))
                 if time.monotonic() - last > 3: stored |= store.keep(done); done,last = [],time.monotonic()
-    finally:
-        store.keep(done)
-        if local and n_jobs != 1: get_reusable_executor().shutdown(kill_workers=True)  # idle, they would keep a script from ending
+    finally: store.keep(done)
 
 # %% ../nbs/01_bpp.ipynb #20324b69
 def dense(
@@ -917,14 +892,13 @@ class BppStore:
 
     def fill(self,
         sequences, # RNA strings
-        n_jobs:int=-1, # processes, or workers of the joblib backend in force; -1: all, but only one for a few seconds of work
+        n_jobs:int=-1, # processes, or workers of the joblib backend in force; -1: all
         limit:float|None=None, # seconds per sequence
     )->int: # how many had to be folded
         "Fold what the store does not have; ValueError at the end if some could not be folded"
         self.files.refresh()
         todo,self.failed = sorted(self.missing(sequences), key=len, reverse=True),{}
         if not todo: return 0
-        self.eng.prepare()
         _fold_all(self, todo, n_jobs, limit)
         if self.failed:
             s,why = next(iter(self.failed.items()))
