@@ -1,5 +1,5 @@
 "The data path beside its alternatives, measured in the same run: `python bench/data.py --help`."
-import os,resource,statistics,subprocess,sys,tempfile,time
+import os,statistics,subprocess,sys,tempfile,time
 from pathlib import Path
 import click,numpy as np,pandas as pd
 
@@ -35,7 +35,8 @@ def job(name, path):
     work = JOBS[name](path)
     t,c = time.perf_counter(),time.process_time()
     n = work()
-    print(time.perf_counter() - t, time.process_time() - c, n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+    peak = next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmHWM'))/1024  # ru_maxrss would count our parent
+    print(time.perf_counter() - t, time.process_time() - c, n, peak)
 
 def run(name, path):
     p = subprocess.run([sys.executable, __file__, 'job', name, str(path)], env=dict(os.environ, TQDM_DISABLE='1'), capture_output=True, text=True)
