@@ -18,6 +18,7 @@ from matplotlib.patches import Arc
 from multiprocessing.connection import Pipe
 from numba import njit
 from pathlib import Path
+from threading import Thread
 from torch import Tensor
 from typing import NamedTuple
 from .data import *
@@ -765,7 +766,11 @@ def repair(
 # %% ../nbs/01_bpp.ipynb #f7686a58
 def _serve(eng, sequences, threshold, limit, pipe, scratch):
     "The child: fold, and send each result as it comes"
+    def watch(home):
+        while os.getppid() == home: time.sleep(1)
+        os._exit(1)
     os.setsid()
+    Thread(target=watch, args=(os.getppid(),), daemon=True).start()  # ends with its parent, however that one ended
     tempfile.tempdir = scratch  # what it leaves behind when it is killed goes away with this folder
     for s,r in zip(sequences, eng.pairs_of(sequences, threshold, limit), strict=True):
         try: r = r if isinstance(r, str) else _checked(r, s, eng)
