@@ -18,7 +18,7 @@ from matplotlib.patches import Arc
 from multiprocessing.connection import Pipe
 from numba import njit
 from pathlib import Path
-from threading import Thread
+from threading import Lock,Thread
 from torch import Tensor
 from typing import NamedTuple
 from .data import *
@@ -36,7 +36,7 @@ _counted = dict(hairpin_length_at_least=(0, 31), bulge_length_at_least=(1, 31), 
                 internal_symmetric_length_at_least=(1, 16), internal_asymmetry_at_least=(1, 29))
 _lettered = dict(base_pair=2, terminal_mismatch=4, helix_stacking=4, helix_closing=2, dangle_left=3, dangle_right=3,
                  bulge_0x1_nucleotides=1, internal_1x1_nucleotides=2)
-_single = 'multi_base','multi_unpaired','multi_paired','external_unpaired','external_paired'
+_single = 'multi_base','multi_paired','multi_unpaired','external_paired','external_unpaired'
 
 def contrafold_names()->set:
     "Every term of CONTRAfold's energy model, twins included"
@@ -71,14 +71,14 @@ def native_params(
 )->Path:
     "The parameter file that is wanted; else EternaFold's where it is found ($ETERNAFOLD_PARAMETERS, conda), else CONTRAfold's"
     named,conda = os.environ.get('ETERNAFOLD_PARAMETERS'),os.environ.get('CONDA_PREFIX')
-    places = [Path(named)] if named else sorted(Path(conda).glob('**/EternaFoldParams.v1')) if conda else []
+    places = [Path(named)] if named else [Path(conda)/'lib'/'eternafold-lib'/'parameters'/'EternaFoldParams.v1'] if conda else []
+    places = [p for p in places if named or p.is_file()]
     places.append(Path(importlib.util.find_spec('gpu_contrafold').origin).parent/'data'/'contrafold.params.complementary')
     return next((p for p in places if want and p.is_file() and sha256(p).startswith(want)), places[0])
 
 # %% ../nbs/01_bpp.ipynb #7c05b7d9
 def _joins(v, s, i, j):
     "How pair (i, j) ends a helix: its score in a hairpin or interior loop, and in a multiloop or the exterior"
-    step = 1 if i < j else -1  # read from outside, what follows i lies beyond it
     a,b = i+1,j-1
     pair,inside = s[i] + s[j],lambda k: 0 <= k < len(s)
     close = v[f'helix_closing_{pair}']
@@ -133,10 +133,10 @@ class Weights(NamedTuple):
     stack:np.ndarray # (4 4 4 4): pair, then the pair stacked on it
     hairpin:np.ndarray # by unpaired length
     kernel:np.ndarray # (31 4 8): interior loops by unpaired length on the left and on the right (eight at a time)
-    lenrek:np.ndarray # the same with each eight reversed
+    kernel_rev:np.ndarray # the same with each eight reversed
     bulge:np.ndarray # (4): bulge of this one nucleotide
     one_one:np.ndarray # (4 4): 1×1 loop of these
-    free:np.ndarray # (5): multi_base, multi_paired, multi_unpaired, external_paired, external_unpaired
+    free:np.ndarray # (5): `_single`, in that order
 
 def _kernel(v):
     "Weights of interior loops by unpaired length on the left and right, (31 32), what depends on letters left out"
@@ -169,8 +169,8 @@ def weights(
     return Weights(pair=can*np.exp(t['base_pair']), loop=np.exp(close + t['terminal_mismatch']),
                    branch=np.exp(close + left[:,:,:,None] + right[:,:,None,:]), stack=np.exp(t['helix_stacking']),
                    hairpin=np.exp(np.cumsum([v[f'hairpin_length_at_least_{i}'] for i in range(31)])),
-                   kernel=k, lenrek=np.ascontiguousarray(k[..., ::-1]), bulge=bulge, one_one=one_one,
-                   free=np.exp([v[f'{a}'] for a in ('multi_base','multi_paired','multi_unpaired','external_paired','external_unpaired')]))
+                   kernel=k, kernel_rev=np.ascontiguousarray(k[..., ::-1]), bulge=bulge, one_one=one_one,
+                   free=np.exp([v[k] for k in _single]))
 
 def _scaled(w, n, scale):
     "The weights of a sequence of n nucleotides, each nucleotide's share divided by `scale`"
@@ -180,7 +180,7 @@ def _scaled(w, n, scale):
     k = scale**-(np.arange(31.)[:,None] + np.arange(32)).reshape(31, 4, 8)
     free = w.free*scale**-np.array([0, 0, 1., 0, 1])
     return w._replace(pair=w.pair*scale**-2., hairpin=w.hairpin*scale**-l.astype(float), kernel=w.kernel*k,
-                      lenrek=w.lenrek*np.ascontiguousarray(k[..., ::-1]), bulge=w.bulge/scale, one_one=w.one_one*scale**-2., free=free)
+                      kernel_rev=w.kernel_rev*np.ascontiguousarray(k[..., ::-1]), bulge=w.bulge/scale, one_one=w.one_one*scale**-2., free=free)
 
 # %% ../nbs/01_bpp.ipynb #49264775
 _jit = njit(cache=True, forceinline=True, error_model='numpy', fastmath={'reassoc','contract','nsz','arcp'})
@@ -267,7 +267,7 @@ def _inside(s, w):
     t = Inside(np.zeros((n+2, n+2)), np.zeros((n+2, n+_PAD)), np.zeros((n+_PAD, n+_PAD)), np.zeros((n+_PAD, n+_PAD)),
                np.zeros((n+2, n+_PAD)), np.ones(n+1))
     for i in range(n-1, -1, -1):
-        _pair_row(i, s, _interior_row(t.W, i, n, w.lenrek), w, t)
+        _pair_row(i, s, _interior_row(t.W, i, n, w.kernel_rev), w, t)
         _multi_row(i, w, t, one)
         if not t.E[i] < 1e280: t.E[0] = np.inf; break  # beyond a double's range: the caller scales and starts again
     return t
@@ -351,16 +351,15 @@ def _above(P, threshold):
 
 # %% ../nbs/01_bpp.ipynb #b1d1c878
 class Engine:
-    "Computes base-pair probabilities; called with a sequence it returns them as an (l l) array, symmetric"
+    "Computes base-pair probabilities; called with a sequence it returns them as an (l l) array, symmetric. Subclasses define `pairs`"
     name = licence = version = install = ''
+    rounding = 1e-4 # by how much a nucleotide's probabilities may exceed 1; engines in single precision need more
     batch = 1 # sequences that are folded by one call of `pairs_of`
     def __init__(self, params=None): self.params = params and str(params)
     @cached_property
     def key(self)->dict: # what its results depend on
         return dict(engine=self.name, engine_version=self.version,
-                    params=sha256(self.params)[:8] if self.params else 'default')
-    def pairs(self, sequence:str, threshold:float=0.)->tuple: # i < j from 0 (int), p (float), where p > threshold
-        raise NotImplementedError
+                    params=sha256(self.params)[:8] if self.params and Path(self.params).is_file() else 'default')
     def pairs_of(self, sequences:list, threshold:float, limit:float): # yields `pairs`, or a str that says why there are none
         for s in sequences:
             try: yield self.pairs(s, threshold)
@@ -478,7 +477,7 @@ def _posteriors(path, n):
 
 class Contrafold(Engine):
     "CONTRAfold's binary; `params` is a file in its own format, default what is built in"
-    name,licence,env,batch = 'contrafold','BSD-3','CONTRAFOLD_PATH',16
+    name,licence,env,batch,rounding = 'contrafold','BSD-3','CONTRAFOLD_PATH',16,1e-3
     install = 'put `contrafold` into PATH, or its path into $CONTRAFOLD_PATH'
     def __init__(self, params=None):
         super().__init__(params)
@@ -542,15 +541,13 @@ class Eternafold(Contrafold):
 # %% ../nbs/01_bpp.ipynb #686f6947
 class Kaggle(Engine):
     "Kaggle's BPP text files; `params` is their folder (Ribonanza_bpp_files, or any that holds ID.txt)"
-    name,licence,version = 'kaggle','CC BY 4.0 (Ribonanza)','txt'
+    name,licence,version,rounding = 'kaggle','CC BY 4.0 (Ribonanza)','txt',1e-3
     install = 'kaggle competitions download stanford-ribonanza-rna-folding, then --params FOLDER'
     def __init__(self, params=None):
         super().__init__(params or os.environ.get('KAGGLE_BPP_FILES'))
         if not self.params or not Path(self.params).is_dir():
             raise ValueError(f'kaggle: {self.params or "no folder given"}: --params or $KAGGLE_BPP_FILES must name the '
                              f'folder of the BPP text files')
-    @cached_property
-    def key(self): return dict(engine=self.name, engine_version=self.version, params='default')
     @classmethod
     def where(cls): return os.environ.get('KAGGLE_BPP_FILES', '')
     @staticmethod
@@ -590,9 +587,10 @@ def list_engines()->pd.DataFrame:
     "Every engine, whether it is here, and what to do if not"
     rows = []
     for e in engines.values():
-        found = e.where()
-        version = e().version if found else '-'
-        rows.append(dict(engine=e.name, version=version, licence=e.licence, found=found or f'no: {e.install}'))
+        found,version = e.where() or f'no: {e.install}','-'
+        try: version = e().version if e.where() else '-'
+        except ValueError as x: found = f'not usable: {x}'  # a binary without parameters, a folder that is none
+        rows.append(dict(engine=e.name, version=version, licence=e.licence, found=found))
     return pd.DataFrame(rows).set_index('engine')
 
 # %% ../nbs/01_bpp.ipynb #6b71433a
@@ -601,6 +599,7 @@ def check_pairs(
     j:np.ndarray, # and of the right one
     p:np.ndarray, # probability
     n:int, # nucleotides
+    rounding:float=1e-4, # by how much a nucleotide's sum may exceed 1
 )->tuple: # the same
     "Raise ValueError unless these can be the pair probabilities of a sequence of n nucleotides"
     if not len(i) == len(j) == len(p): raise ValueError(f'columns of {len(i)}, {len(j)} and {len(p)} values')
@@ -609,7 +608,7 @@ def check_pairs(
     if p.min() < 0 or p.max() > 1+1e-6: raise ValueError(f'probabilities from {p.min():.3g} to {p.max():.3g}')
     if i.min() < 0 or j.max() >= n or not (i < j).all(): raise ValueError(f'pairs outside 1 ≤ i < j ≤ {n}')
     if len(np.unique(i*n + j)) < len(i): raise ValueError('the same pair twice')
-    if (top := np.bincount(np.r_[i, j], np.r_[p, p]).max()) > 1+1e-3:
+    if (top := np.bincount(np.r_[i, j], np.r_[p, p]).max()) > 1+rounding:
         raise ValueError(f'a nucleotide that is paired with probability {top:.4f}')
     return i,j,p
 
@@ -655,12 +654,12 @@ def sparse(
     return _checked(eng.pairs(sequence, threshold), sequence, eng)
 
 def _checked(pairs, sequence, eng):
-    try: return pack(*check_pairs(*pairs, len(sequence)), len(sequence))
+    try: return pack(*check_pairs(*pairs, len(sequence), eng.rounding), len(sequence))
     except ValueError as e: raise ValueError(f'{eng.name} {eng.version} returned {e}') from e
 
 # %% ../nbs/01_bpp.ipynb #ee360bac
 BPP_VERSION = 2
-_magic = b'ribo_nb bpp v2\n'.ljust(40)  # both files begin with it
+_magic = f'ribo_nb bpp v{BPP_VERSION}\n'.encode().ljust(40)  # both files begin with it
 _LINE = np.dtype([('hash','V16'),('start','<u8'),('n','<u4'),('length','<u4'),('crc','<u4'),('check','<u4')])
 
 def _hash(sequence): return hashlib.md5(sequence.encode()).digest()
@@ -671,7 +670,7 @@ def _check(lines):
     return (words*np.arange(1, 10, dtype=np.uint64)).sum(1).astype(np.uint32) ^ np.uint32(0x5eed)
 
 class _Files:
-    "The two files of a store, `lines` and `pairs`, mapped into memory; they grow by `append`"
+    "The two files of a store, `lines` and `pairs`, mapped into memory; they grow by `_append`"
     def __init__(self, folder, key, check=True):
         self.folder,self.lines,self.pairs = Path(folder),np.empty(0, _LINE),np.empty(0, PAIR)
         note = self.folder/'key.json'
@@ -764,13 +763,15 @@ def repair(
     return int((~ok).sum())
 
 # %% ../nbs/01_bpp.ipynb #f7686a58
-def _serve(eng, sequences, threshold, limit, pipe, scratch):
-    "The child: fold, and send each result as it comes"
-    def watch(home):
+_forking = Lock()  # a child must not inherit the sending end of another one's pipe: its end would go unnoticed
+
+def _serve(eng, sequences, threshold, limit, pipe, scratch, home):
+    "The child of process `home`: fold, and send each result as it comes"
+    def watch():
         while os.getppid() == home: time.sleep(1)
         os._exit(1)
     os.setsid()
-    Thread(target=watch, args=(os.getppid(),), daemon=True).start()  # ends with its parent, however that one ended
+    Thread(target=watch, daemon=True).start()  # ends with its parent, however that one ended
     tempfile.tempdir = scratch  # what it leaves behind when it is killed goes away with this folder
     for s,r in zip(sequences, eng.pairs_of(sequences, threshold, limit), strict=True):
         try: r = r if isinstance(r, str) else _checked(r, s, eng)
@@ -779,13 +780,14 @@ def _serve(eng, sequences, threshold, limit, pipe, scratch):
 
 def _in_child(eng, sequences, threshold, limit):
     "Results up to the first sequence that takes too long or kills the child; a str says why there is none"
-    ours,theirs = Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix='ribo_bpp_') as scratch,warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)  # fork beside threads: the child uses none of them
-        if not (pid := os.fork()):
-            try: _serve(eng, sequences, threshold, limit, theirs, scratch)
-            finally: os._exit(0)
-        theirs.close()
+    home = os.getpid()
+    with tempfile.TemporaryDirectory(prefix='ribo_bpp_') as scratch:
+        with _forking:
+            ours,theirs = Pipe(duplex=False)
+            if not (pid := os.fork()):
+                try: _serve(eng, sequences, threshold, limit, theirs, scratch, home)
+                finally: os._exit(0)
+            theirs.close()
         out,why = [],''
         try:
             while not why and len(out) < len(sequences):
@@ -830,7 +832,8 @@ def _fold_all(store, todo, n_jobs, limit):
     jobs = joblib.Parallel(n_jobs, prefer='threads', return_as='generator_unordered', batch_size=1, pre_dispatch='2*n_jobs')
     tasks = (joblib.delayed(fold_some)(store.eng, p, store.threshold, limit) for p in _pieces(store.eng, todo, stored))
     try:
-        with progress(desc=f'fold with {store.eng.name}', total=len(todo), unit='seq') as bar:
+        with warnings.catch_warnings(),progress(desc=f'fold with {store.eng.name}', total=len(todo), unit='seq') as bar:
+            warnings.simplefilter('ignore', DeprecationWarning)  # fork beside threads: the child uses none of them
             for some,got in jobs(tasks):
                 done += zip(some, got, strict=True)
                 bar.update(len(some))

@@ -10,8 +10,8 @@ __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERS
            'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches', 'random_flips',
            'held_out', 'write_holdout', 'ribo_data']
 
-# %% ../nbs/00_data.ipynb #7c4925bf
-import csv,errno,getpass,glob,gzip,hashlib,json,mmap,os,queue,re,shutil,sys,tempfile,threading,zlib
+# %% ../nbs/00_data.ipynb #7996f5c1
+import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,sys,tempfile,threading,zlib
 import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.parquet as pq
 import matplotlib.pyplot as plt
 from concurrent.futures import ThreadPoolExecutor
@@ -862,20 +862,22 @@ class Spool:
         self.length = df.length.to_numpy(np.int64)[self.any]
         self.begin = np.r_[0, np.cumsum(self.length)]  # of each row, in nucleotides
 
-    def _each(self, rows, kind, gather, step=32):
-        "One flat array over `rows`, a slice; the map is opened anew for every `step` of them"
-        out,zero = np.empty(self.begin[rows.stop] - self.begin[rows.start], kind),self.begin[rows.start]
+    def take(self,
+        rows:slice,
+        *what, # 'ids', or (modifier, part) with part 0 reactivity, 1 error
+        step:int=64, # rows between two openings of the map, which drops its pages
+    )->list: # one flat array per `what`: uint8 for ids, else float32
+        "Sequences and profiles of some rows, end to end"
+        low,high = self.begin[rows.start],self.begin[rows.stop]
+        outs = [np.empty(high-low, np.uint8 if w == 'ids' else np.float32) for w in what]
         for s in range(rows.start, rows.stop, step):
-            e = min(s+step, rows.stop)
-            spool = np.frombuffer(_map(self.file), kind)
-            gather(spool, slice(s, e), out[self.begin[s]-zero:self.begin[e]-zero])
-        return out
-
-    def ids(self, rows): # of nucleotides, uint8, (positions)
-        return self._each(rows, np.uint8, lambda f,r,out: _gather_ids(f, self.start, self.any[r], self.length[r], out))
-
-    def profile(self, rows, m, part): # part 0 reactivity, 1 error; modifier m; float32, (positions)
-        return self._each(rows, np.float32, lambda f,r,out: _gather(f, self.start, self.at[r,m], part, self.length[r], out))
+            r = slice(s, min(s+step, rows.stop))
+            spool,at,length = np.frombuffer(_map(self.file), np.uint8),self.any[r],self.length[r]
+            for w,out in zip(what, outs, strict=True):
+                out = out[self.begin[r.start]-low:self.begin[r.stop]-low]
+                if w == 'ids': _gather_ids(spool, self.start, at, length, out)
+                else: _gather(spool.view(np.float32), self.start, self.at[r,w[0]], w[1], length, out)
+        return outs
 
 def _strings(ids, start):
     "Ids as Arrow text"
@@ -913,16 +915,17 @@ def _tables(rows, spool, schema, step=8192):
     for s in range(0, len(rows), step):
         r = slice(s, min(s+step, len(rows)))
         start = (spool.begin[r.start:r.stop+1] - spool.begin[r.start]).astype(np.int32)
-        columns = dict(sequence=_strings(spool.ids(r), start).cast(pa.string()))
-        for m,mod in enumerate(MODS):
-            for k,c in enumerate(('reactivity','reactivity_error')):
-                columns[f'{c}_{mod}'] = pa.ListArray.from_arrays(start, pa.array(spool.profile(r, m, k)))
+        ids,*profiles = spool.take(r, 'ids', *itertools.product(range(2), range(2)))
+        names = [f'{c}_{mod}' for mod in MODS for c in ('reactivity','reactivity_error')]
+        columns = {c: pa.ListArray.from_arrays(start, pa.array(p)) for c,p in zip(names, profiles, strict=True)}
+        columns['sequence'] = _strings(ids, start).cast(pa.string())
         own = rows.iloc[r]
         yield pa.table([columns[c] if c in columns else pa.array(own[c], schema.field(c).type) for c in schema.names],
                        schema=schema)
 
 def _write_groups(rows, spool, schema, path):
-    with atomic(path) as tmp, pq.ParquetWriter(tmp, schema, compression='zstd', write_page_checksum=True) as w:
+    how = dict(compression='zstd', use_dictionary=['dataset_name'], write_statistics=False, write_page_checksum=True)
+    with atomic(path) as tmp, pq.ParquetWriter(tmp, schema, **how) as w:
         with progress(desc=f'write {Path(path).name}', total=len(rows), unit='row') as bar:
             for t in ahead(_tables(rows, spool, schema)):
                 w.write_table(t)
@@ -947,7 +950,7 @@ def write_store(
         df = read_raw(raw, file, _draw(raw, sample, seed) if sample else None)
         rows = pair_profiles(df, raw)
         spool = Spool(file, df, np.stack([rows.pop(m) for m in MODS], 1))
-        ids = spool.ids(slice(0, len(rows)))
+        ids, = spool.take(slice(0, len(rows)), 'ids')
         rows['cluster'] = _row_families(ids, spool.begin, df.hash.to_numpy()[spool.any])
         rows['fold'] = (length_folds(rows.cluster, spool.length) if split == 'length' else
                         assign_folds(rows.cluster.to_numpy(), rows.dataset_name, n_fold, seed))

@@ -22,7 +22,7 @@ def test_two_configurations_train_two_models(mount, tmp_path):
 
 def test_misspelt_names_stop_the_run(mount, tmp_path):
     "An unknown cfg, override or parameter name: an error, in the executed notebook too, that lists the valid names"
-    for params,says in ((('-p','cfg','cfg_1'), 'there are: cfg_0, cfg_mamba, cfg_demo'), (('-p','overrides','{"lrate": 1}'), 'its fields are: model'), (('-p','cgf','cfg_0'), 'its parameters are cfg, overrides, data, run, bpps')):
+    for params,says in ((('-p','cfg','cfg_1'), 'there are: cfg_0, cfg_mamba, cfg_ribonanzanet, cfg_seed32, cfg_demo'), (('-p','overrides','{"lrate": 1}'), 'its fields are: model'), (('-p','cgf','cfg_0'), 'its parameters are cfg, overrides, data, run, bpps')):
         r = papermill(mount, tmp_path, '-p', 'run', tmp_path/'run', *params)
         assert r.returncode != 0 and says in r.stderr and says in text(tmp_path/'train.ipynb')
         assert not (tmp_path/'run').exists()

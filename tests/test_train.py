@@ -51,7 +51,7 @@ def test_finished_run_is_not_trained_again_and_belongs_to_its_cfg(mount, tmp_pat
     assert all((tmp_path/f).read_bytes() == b for f,b in before.items())
 
 def test_wrong_names_are_errors_that_list_the_right_ones(mount, tmp_path):
-    for args,text in ((dict(cfg='cfg_9'), 'there are: cfg_0, cfg_mamba, cfg_demo'), (dict(overrides='{"lrr": 1}'), 'its fields are: model')):
+    for args,text in ((dict(cfg='cfg_9'), 'there are: cfg_0, cfg_mamba, cfg_ribonanzanet, cfg_seed32, cfg_demo'), (dict(overrides='{"lrr": 1}'), 'its fields are: model')):
         r = invoke(*run(mount, tmp_path/'x', **args))
         assert r.exit_code == 1 and text in r.output and not (tmp_path/'x').exists()
 

@@ -1,0 +1,76 @@
+"What every model and every configuration must obey: the contract at full width, switches that change nothing, long RNAs."
+import subprocess,sys
+from dataclasses import replace
+import pytest,torch
+from ribo_nb import mamba
+from ribo_nb.mamba import ssd_dense
+from ribo_nb.squeezeformer import check_contract,toy_batch
+from ribo_nb.train import build,cfgs,compile_blocks
+from helpers import env
+
+small = dict(d_model=32, n_layer=2, n_head=4, d_state=8, d_pair=16)
+pair_track = replace(cfgs['cfg_mamba'], pair_track=True)
+every = cfgs | dict(pair_track=pair_track)
+
+@pytest.mark.parametrize('name', every)
+def test_contract_at_full_width(name):
+    "Padding, batch, order, mask, unpaired nucleotides, gradients, three precisions"
+    torch.manual_seed(0)
+    check_contract(build(replace(every[name], n_layer=2)))
+
+def gradients(model, batch):
+    torch.manual_seed(1)
+    model.train().zero_grad()
+    pred = model(batch)
+    pred[batch['mask']].square().sum().backward()
+    return pred.detach(),{n: p.grad.clone() for n,p in model.named_parameters()}
+
+def same(a, b, eps=1e-5):
+    torch.testing.assert_close(a[0], b[0], atol=eps, rtol=0)
+    top = max(float(g.abs().max()) for g in a[1].values())
+    for n,g in a[1].items(): torch.testing.assert_close(g, b[1][n], atol=eps*top, rtol=1e-3, msg=n)
+
+@pytest.mark.parametrize('name', every)
+def test_checkpoint_changes_no_gradient(name):
+    cfg = replace(every[name], **small, dropout=.1)
+    plain,kept = (gradients(build(replace(cfg, checkpoint=c)), toy_batch((50, 21))) for c in (False, True))
+    same(plain, kept, 1e-7)
+
+@pytest.mark.parametrize('name', ['cfg_0','cfg_mamba'])
+def test_compiled_equals_eager_and_does_not_compile_for_each_length(name):
+    "Once for the first length, once for all others, once more where long RNAs take another path"
+    torch._dynamo.reset()
+    cfg = replace(cfgs[name], **small | dict(n_layer=1), dropout=0.)
+    eager,fast,seen = build(cfg),build(cfg),[]
+    compile_blocks(fast)
+    for lengths in ((61, 40), (75, 33), (120, 90), (150, 149), (206, 177)):
+        same(gradients(eager, toy_batch(lengths)), gradients(fast, toy_batch(lengths)))
+        seen.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert seen[2] == seen[-1]
+
+@pytest.mark.parametrize('name', ['cfg_0','cfg_mamba','cfg_seed32'])
+def test_2000_nt_in_8_GB(name):
+    code = f'''
+import torch
+from ribo_nb.squeezeformer import toy_batch
+from ribo_nb.train import build,cfgs
+with torch.inference_mode(): assert build(cfgs[{name!r}]).eval()(toy_batch((2000,))).isfinite().all()
+print(next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmHWM'))/2**20)
+'''
+    r = subprocess.run([sys.executable, '-c', code], env=env(), capture_output=True, text=True)
+    assert r.returncode == 0 and float(r.stdout) < 8, r.stdout + r.stderr
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and mamba.official_scan), reason='needs a GPU and the package mamba_ssm')
+def test_official_kernel_equals_ours():
+    torch.manual_seed(0)
+    draw = lambda *s: torch.randn(2, 177, *s, device='cuda')
+    x,sides = draw(8, 24),[(-draw(8).abs()*.1, draw(8).abs(), draw(32), draw(32)) for _ in range(2)]
+    torch.testing.assert_close(mamba.ssd_official(x, *sides), ssd_dense(x, *sides), atol=1e-3, rtol=1e-3)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name', every)
+def test_gpu_equals_cpu(name):
+    cfg = replace(every[name], n_layer=2, dropout=0.)
+    a,b = build(cfg).eval(),build(cfg).eval().cuda()
+    batch = toy_batch((177, 90))
+    with torch.no_grad(): torch.testing.assert_close(b({k: v.cuda() for k,v in batch.items()}).cpu(), a(batch), atol=1e-4, rtol=0)
