@@ -9,8 +9,9 @@ NAME   := $(if $(DATA),$(firstword $(subst ., ,$(notdir $(DATA)))),simulated)-$(
 STORE  := datamount/parquet/$(NAME).parquet
 TEST   := datamount/parquet/$(NAME)-fold0
 DEMO   := datamount/runs/cfg_demo$(if $(DATA)$(filter-out 1000,$(N)),-$(NAME))
+RUN    ?= datamount/runs/$(CFG)
 SUB    := datamount/submission/$(NAME).parquet
-.PHONY: help install demo test check export run train lab docs bench clean
+.PHONY: help install demo test check export run train watch stop board lab docs bench clean
 
 help:     ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -30,8 +31,18 @@ export: install  ## nbs/ → ribo_nb/, and clean the notebooks
 	$B/nbdev_export && $B/nbdev_clean
 run: export  ## execute all notebooks in place: their outputs are committed
 	TQDM_DISABLE=1 $B/jupyter execute --inplace nbs/0*.ipynb && $B/nbdev_clean
-train: install  ## papermill run of CFG=cfg_0 on a store DATA=datamount/parquet/....parquet; run it again to go on
-	mkdir -p datamount/runs/$(CFG) && $B/papermill --no-progress-bar --log-output nbs/04_train.ipynb datamount/runs/$(CFG)/train.ipynb -p cfg $(CFG) $(if $(DATA),-p data "$(DATA)")
+train: install  ## papermill run of CFG=cfg_0 on DATA=datamount/parquet/....parquet, in the background; run it again to go on
+	@mkdir -p $(RUN)
+	@$$(command -v setsid) nohup $B/papermill --no-progress-bar --log-output --autosave-cell-every 30 nbs/04_train.ipynb $(RUN)/train.ipynb -p cfg $(CFG) -p run $(RUN) $(if $(DATA),-p data "$(DATA)") > $(RUN)/papermill.log 2>&1 < /dev/null &
+	@echo "$(CFG) trains in the background, also when this terminal, browser or JupyterLab is closed"
+	@echo "  follow: make watch CFG=$(CFG)        log: $(RUN)/papermill.log        notebook: $(RUN)/train.ipynb"
+	@echo "  stop:   make stop CFG=$(CFG)         it saves first; the same make train goes on"
+watch: install  ## progress, speed, time left and loss of the run of CFG
+	$B/ribo_train --watch $(RUN)
+stop: install  ## ask the run of CFG to save and stop
+	$B/python -c 'import json,os,signal; os.kill(json.load(open("$(RUN)/status.json"))["pid"], signal.SIGTERM)'
+board: install  ## the web page of tensorboard for all runs with tracker=tensorboard (pip install tensorboard)
+	$B/tensorboard --logdir datamount/runs
 lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes
 	$B/jupyter lab --notebook-dir nbs
 docs: install  ## the book as HTML, in _docs/

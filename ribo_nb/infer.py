@@ -284,14 +284,22 @@ def ribo_infer(sequences, ckpt, out, figures, bpps, device):
     click.echo(infer_file(model, sequences, out, BppStore(bpps, folding(model.cfgs[0])), figures))
 
 @command()
-@click.argument('submission', type=click.Path(path_type=Path))
-@click.argument('solution', type=click.Path(path_type=Path))
+@click.argument('submission', type=click.Path(path_type=Path), required=False)
+@click.argument('solution', type=click.Path(path_type=Path), required=False)
 @click.option('--test', type=click.Path(path_type=Path), help="The solution's test_sequences.csv, for the baselines.")
 @click.option('--store', type=click.Path(path_type=Path),
               help='Store to fit the three baselines on, without the test sequences.')
 @click.option('--bpp', 'bpps', type=click.Path(path_type=Path), help='Folder of the BPP store, for the baselines.')
-def ribo_score(submission, solution, test, store, bpps):
+@click.option('--runs', type=click.Path(path_type=Path), multiple=True, help='Instead: compare these run folders, one --runs for each.')
+@click.option('--figure', type=click.Path(path_type=Path), help='Where to draw their curves, .png or .pdf.')
+def ribo_score(submission, solution, test, store, bpps, runs, figure):
     "Official score (mean absolute error, lower is better) of SUBMISSION against SOLUTION, alone or beside three lookup tables."
+    if runs:
+        table,fig = compare(runs)
+        if figure: fig.savefig(figure, dpi=120)
+        plt.close(fig)
+        click.echo(table.to_string()); return
+    if not (submission and solution): raise click.UsageError('Give SUBMISSION and SOLUTION, or --runs.')
     if (test is None) != (store is None): raise click.UsageError('The baselines need both --test and --store.')
     rows = {submission.stem: score_submission(submission, solution)}
     if store: rows |= score_baselines(solution, read_test(test), Store(store), BppStore(bpps))

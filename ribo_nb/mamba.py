@@ -12,6 +12,7 @@ __all__ = ['scan', 'decay', 'ssd_dense', 'ssd_chunked', 'ssd_official', 'ssd', '
 import torch,torch.nn.functional as F
 from einops import einsum,rearrange
 from torch import Tensor,nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint as recompute
 from .squeezeformer import *
 
@@ -174,7 +175,7 @@ def lean(f, *args):
 
 # %% ../nbs/03_mamba.ipynb #47ec7873
 class Triangle(nn.Module):
-    "What all third nucleotides say about a pair: z (b i j p), pair (b i j) → (b i j p)"
+    "What all third nucleotides say about a pair: z (b i j p), pair (b i j) or None for 1 → (b i j p)"
     def __init__(self, d_pair, ingoing):
         super().__init__()
         self.ingoing,self.norm,self.to_out_norm = ingoing,nn.LayerNorm(d_pair),nn.LayerNorm(d_pair)
@@ -191,8 +192,8 @@ class Triangle(nn.Module):
         return lean(self.tell, Turn.apply(t), x).view(z.shape)
 
     def meet(self, sides, pair):
-        sides = F.glu(sides, 0)
-        sides = sides*pair.to(sides.dtype)  # both sides, 2p b i j
+        sides = F.glu(sides, 0)  # both, 2p b i j
+        if pair is not None: sides = sides*pair.to(sides.dtype)
         left,right = sides.unflatten(0, (2, -1)).flatten(1, 2)  # (p b) i j
         t = right.mT @ left if self.ingoing else left @ right.mT
         return t.view(len(sides)//2, -1)  # p (b i j)
@@ -216,11 +217,12 @@ def plain_triangle(
 def sight(
     mask:Tensor, # (b l), bool or number: with `quirks` the type makes a difference
     quirks:bool, # as published?
-)->tuple: # first and later weight of a nucleotide (b l), closed pairs (b 1 i j), weight of a pair (b i j)
+)->tuple: # first and later weight of a nucleotide (b l), closed pairs (b 1 i j), weight of a pair (b i j) or None for 1
     "How a mask takes effect: in the first layer's convolution, in all others', in attention, and in triangles"
     first = mask.float()
     if not quirks:
-        return first,first,(first == 0)[:,None,None],first[:,:,None]*first[:,None]
+        whole = not isinstance(mask, FakeTensor) and bool(mask.bool().all())  # a fake tensor has no content to look at
+        return first,first,(first == 0)[:,None,None],None if whole else first[:,:,None]*first[:,None]
     later = torch.ones_like(first) if mask.dtype == torch.bool else first.masked_fill(first == 0, -1)
     pair = later[:,:,None]*later[:,None]
     return first,later,(pair == -1)[:,None],pair

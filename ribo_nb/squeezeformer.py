@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['choices', 'check_choices', 'clean', 'Embed', 'toy_batch', 'IsGood', 'DynamicPosition', 'Alibi', 'low', 'PairBias',
            'rotate', 'attend', 'drop', 'Dropout', 'BiasedAttention', 'DepthwiseConv', 'GatedConv', 'GatedMLP',
-           'SqueezeformerBlock', 'reverse', 'GRUTail', 'again', 'Head', 'Squeezeformer', 'check_invariance',
-           'check_mask', 'check_unpaired', 'check_gradients', 'check_finite', 'louder', 'check_contract',
-           'MaskedBatchNorm', 'waves', 'distances_to_keys', 'XLAttention', 'Seed32Conv', 'Seed32Block', 'Seed32']
+           'SqueezeformerBlock', 'draw_box', 'draw_arrow', 'reverse', 'GRUTail', 'again', 'Head', 'Squeezeformer',
+           'check_invariance', 'check_mask', 'check_unpaired', 'check_gradients', 'check_finite', 'louder',
+           'check_contract', 'MaskedBatchNorm', 'waves', 'distances_to_keys', 'XLAttention', 'Seed32Conv',
+           'Seed32Block', 'Seed32']
 
 # %% ../nbs/02_squeezeformer.ipynb #ed776420
 import copy,torch,torch.nn.functional as F
@@ -236,6 +237,13 @@ class SqueezeformerBlock(nn.Module):
         for step,norm in zip(steps, self.norms, strict=True):
             x = x + self.drop(step(norm(x))) if self.pre else norm(x + self.drop(step(x)))
         return x
+
+# %% ../nbs/02_squeezeformer.ipynb #1d7b738a
+def draw_box(ax, x, y, text, color='#cfe3f5'):
+    ax.text(x, y, text, ha='center', va='center', fontsize=9, bbox=dict(boxstyle='round,pad=.5', fc=color, ec='#555'))
+
+def draw_arrow(ax, a, b, **kw):
+    ax.annotate('', b, a, arrowprops=dict(arrowstyle='->', color='#555', **kw))
 
 # %% ../nbs/02_squeezeformer.ipynb #1c46a1ad
 def reverse(x, mask): # x (b l d); mask (b l), padding at the end

@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
-           'check_parameters', 'model_args', 'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary',
-           'absolute_errors', 'official_mae', 'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device',
-           'predict_sequences', 'predict_rows', 'score', 'save', 'load_checkpoint', 'fits', 'load_model', 'lr_at',
-           'make_optimizer', 'train_step', 'Progress', 'check_same', 'stoppable', 'train', 'read_log', 'sample_store',
-           'folding', 'check_trainable', 'train_run', 'final_scores', 'plot_log', 'plot_scores', 'plot_pred',
-           'ribo_train']
+           'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args', 'Cfg', 'make_cfg',
+           'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae', 'baselines',
+           'sn_weight', 'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows', 'score', 'save',
+           'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at', 'make_optimizer', 'Average', 'world', 'summed',
+           'parts_of', 'train_step', 'Progress', 'check_same', 'model_to', 'Stopped', 'stoppable', 'out_of_memory',
+           'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone',
+           'train_run', 'barrier', 'record', 'measure', 'errors', 'tracking', 'read_neptune', 'bootstrap', 'compare',
+           'plot_runs', 'plot_log', 'plot_scores', 'plot_pred', 'watch', 'ribo_train', 'report', 'follow']
 
-# %% ../nbs/04_train.ipynb #d924e6a4
-import ast,inspect,json,math,os,platform,signal,subprocess,time,zipfile,click,numpy as np,pandas as pd,torch
+# %% ../nbs/04_train.ipynb #661bd45a
+import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,signal,socket,struct,subprocess,sys,threading,time
+import click,numpy as np,pandas as pd,torch
 import matplotlib.pyplot as plt,seaborn as sns
-from contextlib import contextmanager
-from dataclasses import asdict,dataclass,fields,replace
+from contextlib import contextmanager,nullcontext
+from dataclasses import asdict,dataclass,field,fields,replace
+from filelock import FileLock,Timeout
 from pathlib import Path
-from torch import Tensor,nn
+from torch import Tensor,distributed as dist,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from .data import *
@@ -37,6 +41,23 @@ def check_parameters(
         if unknown := sorted(given - set(names)):
             raise ValueError(f"this notebook has no parameter {', '.join(unknown)}: its parameters are "
                              f"{', '.join(names)}")
+
+# %% ../nbs/04_train.ipynb #f252dd66
+def skip_lessons(
+    until:str='# the run', # the first line of the first cell that is executed again, whatever it is
+):
+    "From the next cell on, let IPython execute exported cells and imports only"
+    from IPython import get_ipython
+    steps,left = get_ipython().input_transformers_cleanup,[until]
+    def choose(lines):
+        words = [l.strip() for l in lines if l.strip()]
+        if words[:1] == left: left.clear()
+        keep = not left or words[:1] == ['#| export'] or words[1:2] and words[0] == '#| hide' and words[1].startswith('import ')
+        return lines if keep else []
+    steps.append(choose)
+
+def injected(cells): # did papermill inject parameters?
+    return any(c.startswith('# Parameters') for c in cells)
 
 # %% ../nbs/04_train.ipynb #690e9705
 TYPICAL = 177  # nt; most of Ribonanza's RNAs are this long
@@ -68,17 +89,25 @@ class Cfg:
     fold:int=0 # held out for validation; -1: train on everything
     engine:str='native' # of the base-pair probabilities
     engine_params:str='' # first 8 digits of the SHA-256 of its parameter file; '' takes what is found, and a run records it
-    weight:str='log1p' # how signal_to_noise weighs a profile in the loss: none | SN_filter | log1p
+    weight:str='log1p' # how signal_to_noise weighs a profile in the loss: none | SN_filter | log1p | clip
+    flip:bool=True # read half of the RNAs backwards, another half in each epoch
     n_epoch:int=60
     batch_size:int=64 # sequences of `TYPICAL` length: more if they are shorter, fewer if they are longer
+    accumulate:int=1 # parts in which a batch is worked off, to save memory
+    schedule:str='cosine' # onecycle | cosine: how the learning rate comes up and down
     lr:float=2e-3 # peak
     weight_decay:float=.01
     warmup:float=.05 # part of all steps
+    ema:float=0. # decay per step of a running average of the weights, which then predicts; 0: none
+    sgd_epochs:int=0 # at the end: SGD at `sgd_lr`, and the plain average of the weights it passes through
+    sgd_lr:float=5e-5
     clip_grad:float=3. # norm
     precision:str='auto' # auto | fp32 | bf16 | fp16
     device:str='auto' # auto | cpu | cuda
     seed:int=0
     save_minutes:float=2. # between two checkpoints inside an epoch
+    time_budget:float=0. # hours; stop in time to save, evaluate and write everything; 0: no limit
+    tracker:str='none' # none | tensorboard | neptune; log.jsonl is written always
 
     @property
     def tokens(self): return self.batch_size*TYPICAL # nucleotides per batch, padding counted
@@ -100,20 +129,21 @@ class Cfg:
             if getattr(self, name) != Cfg.__dataclass_fields__[name].default:
                 raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, but {self.model} has no such switch")
 
+_unlike = {'save_minutes','time_budget','tracker'}  # two starts of one run may differ in these
 _switches = {'position','bpp','norm','head','gru','is_good','pair_track'}
 _ranges = dict(d_model=(1, 4096), n_layer=(1, 200), n_head=(1, 256), kernel_size=(1, 999), d_state=(1, 4096), d_pair=(1, 4096), dropout=(0, .95), fold=(-1, 999),
-               n_epoch=(1, 10**6), batch_size=(1, 10**6), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4))
-_choices = dict(model=tuple(models), **choices, engine=tuple(engines), weight=('none','SN_filter','log1p'),
+               n_epoch=(1, 10**6), batch_size=(1, 10**6), accumulate=(1, 10**6), ema=(0, 1-1e-9), sgd_epochs=(0, 10**6), sgd_lr=(0, 10), time_budget=(0, 1e5), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4))
+_choices = dict(model=tuple(models), **choices, engine=tuple(engines), weight=('none','SN_filter','log1p','clip'), schedule=('cosine','onecycle'), tracker=('none','tensorboard','neptune'),
                 precision=('auto','fp32','bf16','fp16'), device=('auto','cpu','cuda'))
 
 # %% ../nbs/04_train.ipynb #76cbb981
 cfg_0 = Cfg()  # the Squeezeformer, full data
 cfg_mamba = replace(cfg_0, model='mamba', n_head=8)  # the state-space model, full data
-cfg_ribonanzanet = replace(cfg_0, model='ribonanzanet', d_model=256, n_layer=9, n_head=8, kernel_size=5, dropout=.05,
-                           checkpoint=True)  # He et al. 2024, corrected; the hosts' own, without BPPs
+cfg_ribonanzanet = replace(cfg_0, model='ribonanzanet', d_model=256, n_layer=9, n_head=8, kernel_size=5,
+                           dropout=.05, weight='SN_filter')  # He et al. 2024, corrected; the hosts' own, without BPPs
 cfg_seed32 = replace(cfg_0, model='seed32', d_model=384, n_layer=16, n_head=8, kernel_size=31, bpp='mix', n_epoch=32,
                      batch_size=256, lr=5e-4, weight_decay=.05, warmup=1/32, weight='SN_filter')  # 32nd place, corrected
-cfg_demo = replace(cfg_0, d_model=64, n_layer=4, kernel_size=9, n_epoch=5, batch_size=16, lr=3e-3, dropout=0.,
+cfg_demo = replace(cfg_0, d_model=64, n_layer=4, kernel_size=9, n_epoch=5, batch_size=16, lr=3e-3, dropout=0., flip=False,
                    warmup=.1)  # minutes on a laptop's CPU
 cfgs = dict(cfg_0=cfg_0, cfg_mamba=cfg_mamba, cfg_ribonanzanet=cfg_ribonanzanet, cfg_seed32=cfg_seed32, cfg_demo=cfg_demo)
 
@@ -231,21 +261,22 @@ def baselines(
 # %% ../nbs/04_train.ipynb #75df9739
 def sn_weight(
     batch:dict, # with sn and SN_filter (b m)
-    how:str, # none | SN_filter | log1p
+    how:str, # none | SN_filter | log1p | clip
 )->Tensor: # (b m), >= 0
     "How much each profile counts in the loss; one that was not probed counts nothing"
     sn = batch['sn'].nan_to_num(0.)
     if how == 'SN_filter': return batch['SN_filter'].float()
-    return sn.clamp(0, 10).log1p() if how == 'log1p' else (~batch['sn'].isnan()).float()
+    return sn.clamp(0, 10).log1p() if how == 'log1p' else sn.clamp(0, 1) if how == 'clip' else (~batch['sn'].isnan()).float()
 
 def masked_mae(
     pred:Tensor, # (b l m)
     react:Tensor, # (b l m), NaN where not measured
     weight:Tensor, # (b m)
+    total:Tensor|None=None, # sum of weights to divide by; default: over these positions
 )->Tensor: # scalar
     "Weighted mean absolute error over measured positions"
     w = ~react.isnan() * weight[:,None]
-    return (w*(pred.float() - react.nan_to_num(0.).clamp(0, 1)).abs()).sum()/w.sum().clamp(min=1e-6)
+    return (w*(pred.float() - react.nan_to_num(0.).clamp(0, 1)).abs()).sum()/(w.sum() if total is None else total).clamp(min=1e-6)
 
 # %% ../nbs/04_train.ipynb #3deb6c8b
 def resolve(
@@ -306,11 +337,19 @@ def score(
     return dict(zip(MODS, mae.tolist())) | dict(official=float(mae.mean()), positions=n)
 
 # %% ../nbs/04_train.ipynb #2cb47f96
-CKPT_VERSION = 2
+CKPT_VERSION = 3
+_SEAL = 64  # hex digits of a SHA-256
 
 def save(path, cfg:Cfg, **state):
-    "Write a checkpoint, all or nothing"
-    with atomic(path) as tmp: torch.save(dict(version=CKPT_VERSION, cfg=asdict(cfg), mods=list(MODS), **state), tmp)
+    "Write a checkpoint with its hash, all or nothing; ValueError when the disk does not take it"
+    buffer = io.BytesIO()
+    torch.save(dict(version=CKPT_VERSION, cfg=asdict(cfg), mods=list(MODS), **state), buffer)
+    data = buffer.getvalue()[:-2] + struct.pack('<H', _SEAL)  # a zip archive ends in the length of its comment
+    try:
+        with atomic(path) as tmp: tmp.write_bytes(data + hashlib.sha256(data).hexdigest().encode())
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be written ({e.strerror}); the checkpoint that was there is as it was: make "
+                         f"room and start again") from e
 
 def load_checkpoint(
     path,
@@ -318,13 +357,11 @@ def load_checkpoint(
     "Read a checkpoint without running code from it; ValueError when it is damaged or of another version"
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint: train first, or give another file or run folder")
-    try:
-        with zipfile.ZipFile(path) as z: damaged = z.testzip()  # torch.load does not look at checksums
-        ck = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:
-        raise ValueError(f"{path}: damaged, or not a checkpoint of ours ({type(e).__name__}): take a copy, or train "
-                         f"again") from e
-    if damaged: raise ValueError(f"{path}: damaged ({damaged} has a wrong checksum): take a copy, or train again")
+    data = Path(path).read_bytes()
+    if hashlib.sha256(data[:-_SEAL]).hexdigest().encode() != data[-_SEAL:]:
+        raise ValueError(f"{path}: damaged, or not a checkpoint of ours (its hash does not match): take a copy, or "
+                         f"train again")
+    ck = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
     if not isinstance(ck, dict) or ck.get('version') != CKPT_VERSION or not {'cfg','mods','model'} <= set(ck):
         raise ValueError(f"{path}: checkpoint version is {ck.get('version') if isinstance(ck, dict) else None}, "
                          f"expected {CKPT_VERSION}: not made by this version of ribo_nb")
@@ -339,6 +376,17 @@ def fits(path):
         raise ValueError(f"{path}: does not fit this version or configuration ({str(e).splitlines()[0]}): train again, "
                          f"or choose another run folder") from e
 
+def latest(out)->dict|None: # a checkpoint; None when there is none yet
+    "The newest checkpoint of a run that is whole; says so when that is the older one; ValueError when none is whole"
+    damaged = []
+    for path in (Path(out)/'last.pt',Path(out)/'prev.pt'):
+        if not path.exists(): continue
+        try: ck = load_checkpoint(path)
+        except ValueError as e: damaged.append(e); continue
+        for e in damaged: click.echo(f'{e}; going on from {path.name}, the generation before', err=True)
+        return ck
+    if damaged: raise damaged[0]
+
 def load_model(path)->tuple: # model with its weights, Cfg
     "The model of a checkpoint, from its own configuration"
     ck = load_checkpoint(path)
@@ -348,35 +396,71 @@ def load_model(path)->tuple: # model with its weights, Cfg
 
 # %% ../nbs/04_train.ipynb #d557ad8c
 def lr_at(
-    step:int, # 0..total-1
+    step:int, # 0..total-1, without the SGD epochs
     total:int,
     cfg:Cfg,
 )->float:
-    "Linear warm-up, then a cosine down to zero"
+    "Learning rate of a step"
+    if step >= total: return cfg.sgd_lr
     warm = max(1, int(cfg.warmup*total))
-    if step < warm: return cfg.lr*(step + 1)/warm
-    return cfg.lr*.5*(1 + math.cos(math.pi*(step - warm)/max(1, total - warm)))
+    up = (step + 1)/warm
+    part = .5*(1 + math.cos(math.pi*(step - warm)/max(1, total - warm)))  # of the peak, on the way down
+    if cfg.schedule == 'cosine': return cfg.lr*(up if step < warm else part)
+    low,high = cfg.lr/25,cfg.lr*.5*(1 - math.cos(math.pi*min(up, 1)))
+    return low + (cfg.lr - low)*high/cfg.lr if step < warm else cfg.lr*max(part, 1e-4)
 
-def make_optimizer(model, cfg):
-    "AdamW; vectors (norms, biases, scales) are not decayed"
+def make_optimizer(model, cfg, sgd:bool=False):
+    "AdamW, or at the end SGD; vectors (norms, biases, scales) are not decayed"
     groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == d], weight_decay=cfg.weight_decay*d)
               for d in (True, False)]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(.9, .98))
+    return torch.optim.SGD(groups, lr=cfg.sgd_lr, momentum=.9) if sgd else torch.optim.AdamW(groups, lr=cfg.lr, betas=(.9, .98))
 
-# %% ../nbs/04_train.ipynb #eeb31f90
-def train_step(model, opt, scaler, batch, cfg, dtype):
-    "One optimizer step → (loss, gradient norm, was it taken?)"
-    device = batch['seq'].device.type
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32): pred = model(batch)
-    loss = masked_mae(pred, batch['react'], sn_weight(batch, cfg.weight))
+class Average:
+    "A second set of weights that follows a model's: exponentially forgetting, or (decay None) the plain mean"
+    def __init__(self, model): self.weights,self.n = {k: v.detach().clone() for k,v in model.state_dict().items()},0
+    @torch.no_grad()
+    def update(self, model, decay):
+        self.n += 1
+        part = 1/self.n if decay is None else 1 - min(decay, self.n/(self.n + 9))  # young averages forget faster
+        new = model.state_dict()
+        floats = [k for k,v in new.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.weights[k] for k in floats], [new[k] for k in floats], part)
+
+# %% ../nbs/04_train.ipynb #2488305d
+def world()->tuple: # rank, number of processes
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def summed(x:Tensor)->Tensor:
+    "Sum over all processes, in place"
+    if dist.is_initialized(): dist.all_reduce(x)
+    return x
+
+def parts_of(batch, k):
+    "A batch in at most k parts, padding cut"
+    for at in torch.arange(len(batch['seq'])).chunk(k):
+        l = int(batch['mask'][at].sum(1).max())
+        yield {n: v[at] if v.shape[1:2] != batch['mask'].shape[1:] else v[at,:l,:l] if n == 'bpp' else v[at,:l] for n,v in batch.items()}
+
+def train_step(net, opt, scaler, batch, cfg, dtype, parts=1):
+    "One optimizer step → (loss, gradient norm, was it taken?); `net` is the model, or DDP around it"
+    device,n = batch['seq'].device.type,world()[1]
+    weight = sn_weight(batch, cfg.weight)
+    total,loss = summed((~batch['react'].isnan()*weight[:,None]).sum()),torch.zeros((), device=device)
     opt.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    todo = list(parts_of(batch | dict(weight=weight), parts))
+    for k,part in enumerate(todo):
+        last = k + 1 == len(todo)
+        with net.no_sync() if n > 1 and not last else nullcontext():
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32): pred = net(part)
+            l = masked_mae(pred, part['react'], part['weight'], total)
+            scaler.scale(l*n).backward()  # DDP takes the mean over processes
+        loss += l.detach()
     scaler.unscale_(opt)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad)
+    norm,loss = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad),summed(loss)
     good = bool(norm.isfinite() & loss.isfinite())
     if good: scaler.step(opt)
     if scaler.is_enabled(): scaler.update()
-    return float(loss.detach()),float(norm),good
+    return float(loss),float(norm),good
 
 # %% ../nbs/04_train.ipynb #864cc73e
 @dataclass
@@ -390,6 +474,7 @@ class Progress:
     skipped:int=0 # steps that were not finite, in all
     in_row:int=0 # and just now
     seconds:float=0.
+    parts:int=1 # in which a batch is worked off, more when memory ran out
 
     def add(self, loss, good, seconds):
         self.at += 1; self.step += 1; self.seconds += seconds
@@ -401,44 +486,70 @@ class Progress:
         loss,self.total,self.count = self.total/self.count if self.count else None,0.,0
         return dict(step=self.step, epoch=self.epoch, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, skipped=self.skipped, seconds=round(self.seconds, 1))
 
-# %% ../nbs/04_train.ipynb #cedd4d61
-def _save_last(out, cfg, model, opt, scaler, pos):
+# %% ../nbs/04_train.ipynb #65174006
+def _random(device): # state of the random numbers of this process
+    return dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device)) if device.type == 'cuda' else {})
+
+def _everyone(x): # list of what each process has
+    all = [x]*world()[1]
+    if dist.is_initialized(): dist.all_gather_object(all, x)
+    return all
+
+def _save_last(out, cfg, model, opt, scaler, avg, pos):
+    "Write last.pt; what was last.pt becomes prev.pt"
+    rng = _everyone(_random(next(model.parameters()).device))
+    if world()[0]: return
     with open(out/'log.jsonl', 'a') as log:
         os.fsync(log.fileno())  # the log is on disk before a checkpoint says how long it is
         log_bytes = log.tell()
-    device = next(model.parameters()).device
-    rng = dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device))
-                                             if device.type == 'cuda' else {})
-    save(out/'last.pt', cfg, model=model.state_dict(), opt=opt.state_dict(), scaler=scaler.state_dict(), rng=rng,
-         pos=asdict(pos), log_bytes=log_bytes)
+    new = out/'next.pt'
+    save(new, cfg, model=model.state_dict(), opt=opt.state_dict(), scaler=scaler.state_dict(), rng=rng, pos=asdict(pos),
+         average=avg and dict(weights=avg.weights, n=avg.n), log_bytes=log_bytes)
+    if (out/'last.pt').exists(): os.replace(out/'last.pt', out/'prev.pt')
+    os.replace(new, out/'last.pt')
 
-def check_same(out, old, new):
+def check_same(out, old, new, free=()):
     "Raise ValueError, with the differences, when a run folder belongs to another configuration or other data"
-    if diff := [f'{k}: {old.get(k)!r} there, {v!r} here' for k,v in new.items() if old.get(k) != v]:
+    if diff := [f'{k}: {old.get(k)!r} there, {v!r} here' for k,v in new.items() if old.get(k) != v and k not in free]:
         raise ValueError(f"{out} belongs to another run ({', '.join(diff)}): choose another run folder")
 
-def _load_last(out, cfg, model, opt, scaler):
-    "Go back to last.pt, if there is one; else start with an empty log"
-    last,log = out/'last.pt',out/'log.jsonl'
-    if not last.exists():
-        log.write_text('')
-        return Progress()
-    ck = load_checkpoint(last)
-    check_same(out, asdict(ck['cfg']), asdict(cfg))
-    with fits(last):
+def _load_last(out, cfg, model, scaler):
+    "Go back to the newest checkpoint, if there is one; else start with an empty log → optimizer, Average, Progress"
+    log,ck,rank = out/'log.jsonl',latest(out),world()[0]
+    pos = Progress(**ck['pos']) if ck else Progress(parts=cfg.accumulate)
+    sgd = cfg.sgd_epochs > 0 and pos.epoch >= cfg.n_epoch
+    opt,avg = make_optimizer(model, cfg, sgd),Average(model) if cfg.ema or sgd else None
+    if not ck:
+        if not rank: log.write_text('')
+        return opt,avg,pos
+    check_same(out, asdict(ck['cfg']), asdict(cfg), _unlike)
+    with fits(out/'last.pt'):
         model.load_state_dict(ck['model']); opt.load_state_dict(ck['opt'])
         if ck['scaler']: scaler.load_state_dict(ck['scaler'])  # empty after bf16 or fp32
-        torch.set_rng_state(ck['rng']['cpu'])
-        device = next(model.parameters()).device
-        if 'cuda' in ck['rng'] and device.type == 'cuda': torch.cuda.set_rng_state(ck['rng']['cuda'], device)
-        pos,n = Progress(**ck['pos']),ck['log_bytes']
-    if not log.exists() or log.stat().st_size < n:
-        raise ValueError(f"{log}: is shorter than when {last.name} was saved: put the whole log back, or choose "
+        if avg and ck['average']: avg.n = ck['average']['n']; model_to(avg.weights, ck['average']['weights'])
+        if len(ck['rng']) != world()[1] and pos.at:
+            raise ValueError(f"saved by {len(ck['rng'])} processes in the middle of an epoch, here are {world()[1]}")
+        rng = ck['rng'][min(rank, len(ck['rng'])-1)]
+        torch.set_rng_state(rng['cpu'])
+        if 'cuda' in rng and next(model.parameters()).is_cuda: torch.cuda.set_rng_state(rng['cuda'], next(model.parameters()).device)
+    if rank: return opt,avg,pos
+    if not log.exists() or log.stat().st_size < ck['log_bytes']:
+        raise ValueError(f"{log}: is shorter than when the checkpoint was saved: put the whole log back, or choose "
                          f"another run folder")
-    os.truncate(log, n)
-    return pos
+    os.truncate(log, ck['log_bytes'])
+    return opt,avg,pos
 
-# %% ../nbs/04_train.ipynb #db78ef1b
+def model_to(old, new):
+    "Copy weights over others, where those are"
+    for k,v in old.items(): v.copy_(new[k])
+
+# %% ../nbs/04_train.ipynb #f8dc9355
+PATIENCE = 50  # steps in a row that are not finite, after which a run gives up
+STOPPED = 75  # exit code of a run that was asked to stop: "try again later" in sysexits.h
+
+class Stopped(KeyboardInterrupt):
+    "A run was asked to stop, and everything is saved"
+
 @contextmanager
 def stoppable():
     "Yields a list that holds a signal's name once SIGTERM or SIGINT arrived; outside the main thread it stays empty"
@@ -451,52 +562,152 @@ def stoppable():
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
-def _log(out, line):
-    with open(out/'log.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
-    return line
+def out_of_memory(e): return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
 
-def train(
-    cfg:Cfg,
-    model:nn.Module, # batch → (b l m), on its device
-    store:Store,
-    bpp:BppStore, # holds the BPPs of all rows
-    out:Path, # run folder
-    log_every:int=20, # steps
-)->list: # the log: dicts with epoch, step, loss, lr, … and, at each epoch's end, mae
-    "Train, or go on training; leaves last.pt, best.pt and log.jsonl in `out`"
-    device,dtype = resolve(cfg)
-    rows,valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
-    opt,scaler = make_optimizer(model, cfg),torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    pos = _load_last(out, cfg, model, opt, scaler)
-    length = store.rows.sequence.str.len().to_numpy()[rows]
-    steps = cfg.n_epoch*len(epoch_batches(length, cfg.tokens, cfg.seed))
-    with stoppable() as stop, progress(desc=out.name, total=steps, initial=pos.step, unit='step') as bar:
-        clock = saved = time.monotonic()
-        while pos.epoch < cfg.n_epoch:
-            for at in epoch_batches(length, cfg.tokens, cfg.seed, pos.epoch)[pos.at:]:
-                batch = to_device(training_batch(store, rows[at], lambda s, flip=None: bpp(s, flip, device)), device)
-                for g in opt.param_groups: g['lr'] = lr_at(pos.step, steps, cfg)
-                loss,norm,good = train_step(model.train(), opt, scaler, batch, cfg, dtype)
-                pos.add(loss, good, -clock + (clock := time.monotonic()))
-                bar.update()
-                if pos.in_row == 50:
-                    raise ValueError(f"{out}: 50 steps in a row gave a loss or gradient that is not finite: lower lr, "
-                                     f"or set precision to fp32")
-                if pos.step % log_every == 0:
-                    bar.set_postfix(loss=_log(out, pos.line(g['lr'], norm))['loss'], refresh=False)
-                if stop or clock - saved > 60*cfg.save_minutes:
-                    _save_last(out, cfg, model, opt, scaler, pos); saved = clock
-                if stop:
-                    raise KeyboardInterrupt(f"{stop[0]}: stopped at step {pos.step}, saved to {out/'last.pt'}; start "
-                                            f"the same run again to go on")
-            pos.epoch += 1; pos.at = 0
-            if len(valid): _log(out, dict(step=pos.step, epoch=pos.epoch, mae=score(predict_rows(model, store, bpp, valid), store, valid)['official'], seconds=round(pos.seconds, 1)))
-            _save_last(out, cfg, model, opt, scaler, pos)
-            clock = time.monotonic()
-    save(out/'best.pt', cfg, model=model.state_dict())
+# %% ../nbs/04_train.ipynb #3af7cec8
+class Trainer:
+    "A run while it trains; leaves log.jsonl, last.pt, prev.pt and at the end best.pt in `out`"
+    def __init__(self,
+        cfg:Cfg,
+        model:nn.Module, # batch → (b l m), on its device
+        store:Store,
+        bpp:BppStore, # holds the BPPs of all rows
+        out:Path, # run folder
+        deadline:float=math.inf, # of time.monotonic(), by which everything has to be written
+        tell=lambda line: None, # gets each line of the log
+        log_every:int=20, # steps
+    ):
+        self.cfg,self.model,self.store,self.bpp,self.out = cfg,model,store,bpp,Path(out)
+        self.deadline,self.tell,self.log_every,self.reserve = deadline,tell,log_every,0.
+        self.device,self.dtype = resolve(cfg)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.rows,self.valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
+        self.length = store.rows.sequence.str.len().to_numpy()[self.rows]
+        self.opt,self.avg,self.pos = _load_last(self.out, cfg, model, self.scaler)
+        self.net = nn.parallel.DistributedDataParallel(model) if world()[1] > 1 else model
+        self.per_epoch,self.epochs = len(self.batches(0)),cfg.n_epoch + cfg.sgd_epochs
+        self.clock = self.saved = time.monotonic()
+
+    def batches(self, epoch): return epoch_batches(self.length, self.cfg.tokens, self.cfg.seed, epoch, *world())
+
+    def load(self, epoch):
+        "The batches of an epoch that are left, on the device"
+        flips = random_flips(len(self.store), self.cfg.seed, epoch)
+        def get(at):
+            rows = self.rows[at if len(at) else [0]]
+            batch = training_batch(self.store, rows, lambda s, flip=None: self.bpp(s, flip, self.device), flips[rows] if self.cfg.flip else None)
+            if not len(at): batch['react'].fill_(torch.nan)  # this process has no share in the batch, and keeps step
+            return to_device(batch, self.device)
+        return ahead(map(get, self.batches(epoch)[self.pos.at:]))
+
+    def step(self, batch)->float: # gradient norm
+        "One step, in more parts when memory runs out"
+        pos,cfg = self.pos,self.cfg
+        for g in self.opt.param_groups: g['lr'] = lr_at(pos.step, cfg.n_epoch*self.per_epoch, cfg)
+        while True:
+            rng = _random(self.device)
+            try: loss,norm,good = train_step(self.net.train(), self.opt, self.scaler, batch, cfg, self.dtype, pos.parts); break
+            except RuntimeError as e:
+                if not out_of_memory(e) or pos.parts >= len(batch['seq']) or world()[1] > 1: raise
+            pos.parts *= 2
+            torch.set_rng_state(rng['cpu'])
+            if 'cuda' in rng: torch.cuda.set_rng_state(rng['cuda'], self.device); torch.cuda.empty_cache()
+            click.echo(f'{self.out}: out of memory at step {pos.step}; going on with batches in {pos.parts} parts', err=True)
+        if good and self.avg: self.avg.update(self.model, None if pos.epoch >= cfg.n_epoch else cfg.ema)
+        before,self.clock = self.clock,time.monotonic()
+        pos.add(loss, good, self.clock - before)
+        if pos.in_row == PATIENCE: self.give_up(batch)
+        return norm
+
+    def log(self, line):
+        if world()[0]: return
+        try:
+            with open(self.out/'log.jsonl', 'a') as f: f.write(json.dumps(line) + '\n')
+        except OSError as e:
+            raise ValueError(f"{self.out/'log.jsonl'}: cannot be written ({e.strerror}); the last checkpoint is good: make "
+                             f"room and start again") from e
+        self.tell(line)
+
+    def save(self): _save_last(self.out, self.cfg, self.model, self.opt, self.scaler, self.avg, self.pos); self.saved = time.monotonic()
+
+    def agree(self, stop)->list: # stop? save? is time up?
+        "What all processes do next: whatever any of them wants"
+        now = time.monotonic()
+        wants = [bool(stop), now - self.saved > 60*self.cfg.save_minutes, now + self.reserve > self.deadline]
+        return [any(w) for w in zip(*_everyone(wants), strict=True)] if world()[1] > 1 else wants
+
+    def predictor(self)->nn.Module:
+        "The model as it would predict now: with the running average of its weights, if there is one"
+        if not self.avg: return self.model
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.avg.weights)
+        return model
+
+    def end_epoch(self):
+        "Score the held-out fold, save, and let SGD take over where its time has come"
+        start,pos = time.monotonic(),self.pos
+        pos.epoch += 1; pos.at = 0
+        if len(self.valid) and not pos.in_row and not world()[0]:  # a model that is not finite just now has no score
+            mae = score(predict_rows(self.predictor(), self.store, self.bpp, self.valid), self.store, self.valid)
+            self.log(dict(step=pos.step, epoch=pos.epoch, mae=mae['official'], seconds=round(pos.seconds, 1)))
+        if pos.epoch == self.cfg.n_epoch and self.cfg.sgd_epochs: self.opt,self.avg = make_optimizer(self.model, self.cfg, True),Average(self.model)
+        self.save()
+        self.clock = time.monotonic()
+        self.reserve = 2*(self.clock - start)
+
+    def give_up(self, batch):
+        path = self.out/'snapshot.pt'
+        save(path, self.cfg, model=self.model.state_dict(), batch={k: v.cpu() for k,v in batch.items()}, dtype=str(self.dtype)[6:])
+        raise ValueError(f"{self.out}: {PATIENCE} steps in a row gave a loss or gradient that is not finite. `ribo_train --diagnose {path}` names "
+                         f"the part of the model where it begins; a lower lr, or precision fp32, may help")
+
+    def run(self)->bool: # was it finished? else time was up
+        "Train, or go on training"
+        pos,total,late = self.pos,self.epochs*self.per_epoch,False
+        with stoppable() as stop, progress(desc=self.out.name, total=total, initial=pos.step, unit='step') as bar:
+            while pos.epoch < self.epochs and not late:
+                for batch in self.load(pos.epoch):
+                    norm = self.step(batch)
+                    bar.update()
+                    if pos.step % self.log_every == 0:
+                        self.log(line := pos.line(self.opt.param_groups[0]['lr'], norm)); bar.set_postfix(loss=line['loss'], refresh=False)
+                    stopped,due,late = self.agree(stop)
+                    if stopped or due or late: self.save()
+                    if stopped: raise Stopped(f"{stop[0] if stop else 'another process'}: stopped at step {pos.step}, saved to {self.out/'last.pt'}; start the same run again to go on")
+                    if late: break
+                else: self.end_epoch()
+        raw = self.model.state_dict()
+        if not world()[0]: save(self.out/'best.pt', self.cfg, **(dict(model=self.avg.weights, raw=raw) if self.avg else dict(model=raw)))
+        return not late
+
+def train(cfg, model, store, bpp, out, **how)->list: # the log; arguments as `Trainer`
+    "Train, or go on training"
+    Trainer(cfg, model, store, bpp, out, **how).run()
     return read_log(out)
 
 def read_log(out)->list: return [json.loads(l) for l in (Path(out)/'log.jsonl').read_text().splitlines()]
+
+# %% ../nbs/04_train.ipynb #719897be
+def diagnose(
+    path, # snapshot.pt of a run that gave up
+)->str: # what was found
+    "Replay a step module by module and name the first whose output, or gradient, is not finite"
+    ck = load_checkpoint(path)
+    if 'batch' not in ck: raise ValueError(f"{path}: is no snapshot: give the snapshot.pt of a run that gave up")
+    model,batch,found = build(ck['cfg']).train(),ck['batch'],[]
+    model.load_state_dict(ck['model'])
+    if bad := [k for k,p in model.named_parameters() if not p.isfinite().all()]: return f'weights: {bad[0]} and {len(bad)-1} more hold values that are not finite'
+    def watch(name, what):
+        def hook(m, _, out):
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not t.isfinite().all() for t in (out if isinstance(out, tuple) else (out,))):
+                found.append(f"{what} of {name or 'the whole model'} ({type(m).__name__})")
+        return hook
+    for name,m in model.named_modules():
+        m.register_forward_hook(watch(name, 'output')); m.register_full_backward_hook(watch(name, 'gradient at the input'))
+    dtype = getattr(torch, ck['dtype'])
+    with torch.autocast('cpu', dtype, enabled=dtype != torch.float32): pred = model(batch)
+    if not found: masked_mae(pred, batch['react'], sn_weight(batch, ck['cfg'].weight)).backward()
+    return f'not finite: {found[0]}' if found else 'everything is finite in this replay on the CPU: try again with another seed, or fp32'
 
 # %% ../nbs/04_train.ipynb #384a3372
 def sample_store(
@@ -543,44 +754,180 @@ def check_trainable(store:Store, cfg:Cfg):
                          f"{sorted(store.rows.fold.unique().tolist())}; -1 trains on everything")
     score([np.zeros_like(store[i][0]) for i in valid], store, valid)
 
+@contextmanager
+def alone(out):
+    "Nobody else trains in this run folder meanwhile; ValueError when somebody does"
+    out.mkdir(parents=True, exist_ok=True)
+    status = out/'status.json'
+    try:
+        with FileLock(out/'lock', blocking=False): yield
+    except Timeout:
+        by = json.loads(status.read_text()) if status.exists() else {}
+        raise ValueError(f"{out}: process {by.get('pid')} on {by.get('host')} trains here already: follow it with `ribo_train "
+                         f"--watch {out}`, stop it with `kill {by.get('pid')}`, or choose another run folder") from None
+
 def train_run(
     cfg:Cfg,
     data='simulated', # a store, or 'simulated'
     out=None, # run folder; default: datamount/runs/run
     bpps=None, # folder of the BPP store; default: datamount/bpp
+    show=lambda log: None, # called with the log after each epoch, e.g. to draw it
 )->dict: # the metrics, also in metrics.json
     "One run from beginning to end, or from where it stopped to the end"
-    store,out = Store(sample_store() if str(data) == 'simulated' else data),Path(out or datamount()/'runs'/'run')
-    eng = folding(cfg)
+    deadline = time.monotonic() + .95*3600*cfg.time_budget if cfg.time_budget else math.inf
+    out = Path(out or datamount()/'runs'/'run')
+    store,eng = Store(sample_store() if str(data) == 'simulated' else data),folding(cfg)
     cfg = replace(cfg, engine_params=eng.key['params'])
     check_trainable(store, cfg)
-    device,dtype = resolve(cfg)
-    record = dict(cfg=asdict(cfg), data=dict(path=store.path.name, **store.meta))
+    with alone(out) if not world()[0] else nullcontext():
+        if not world()[0]: record(cfg, store, out)
+        bpp = BppStore(bpps or datamount()/'bpp', eng)
+        if not world()[0]: bpp.fill(store.rows.sequence)
+        barrier()
+        bpp.files.refresh()
+        model = build(cfg).to(resolve(cfg)[0])
+        torch.manual_seed(cfg.seed + world()[0])  # each process drops something else
+        if cfg.compile: compile_blocks(model)
+        with tracking(cfg, out) as sink:
+            trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
+            finished = trainer.run()
+            if world()[0]: return {}
+            metrics = measure(cfg, trainer.predictor(), store, bpp, out) | dict(finished=finished)
+            sink({k: v for k,v in metrics.get('scores', {}).get(cfg.model, {}).items()} | dict(step=trainer.pos.step))
+        with atomic(out/'metrics.json') as p: p.write_text(json.dumps(metrics, indent=1))
+    return metrics
+
+def barrier():
+    if dist.is_initialized(): dist.barrier()
+
+def record(cfg, store, out):
+    "Write cfg.json and status.json; ValueError when the folder belongs to another configuration or other data"
+    new = dict(cfg=asdict(cfg), data=dict(path=store.path.name, **store.meta))
     check_target(out/'cfg.json')
-    if (out/'last.pt').exists() and (out/'cfg.json').exists():
+    if (out/'cfg.json').exists() and ((out/'last.pt').exists() or (out/'prev.pt').exists()):
         try: old = json.loads((out/'cfg.json').read_text())
         except ValueError as e:
             raise ValueError(f"{out/'cfg.json'}: is not JSON ({e}): put the right one back, or choose another run "
                              f"folder") from e
-        for k in record:
-            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, record[k])
-    with atomic(out/'cfg.json') as p: p.write_text(json.dumps(record, indent=1))
-    bpp = BppStore(bpps or datamount()/'bpp', eng)
-    bpp.fill(store.rows.sequence)
-    model = build(cfg).to(device)
-    if cfg.compile: compile_blocks(model)
-    train(cfg, model, store, bpp, out)
+        for k in new:
+            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike)
+    length = store.rows.sequence.str.len().to_numpy()[store.rows.fold != cfg.fold]
+    steps = (cfg.n_epoch + cfg.sgd_epochs)*len(epoch_batches(length, cfg.tokens, cfg.seed))
+    status = dict(pid=os.getpid(), host=socket.gethostname(), steps=steps, sequences=len(length)*(cfg.n_epoch + cfg.sgd_epochs))
+    for name,what in (('cfg.json', new), ('status.json', status)):
+        with atomic(out/name) as p: p.write_text(json.dumps(what, indent=1))
+
+def measure(cfg, model, store, bpp, out):
+    "What a run has come to: the metrics, and errors.parquet with each held-out sequence's share in them"
+    device,dtype = resolve(cfg)
     metrics = dict(model=cfg.model, parameters=n_parameters(model), data=store.path.name, fold=cfg.fold, code=_code_version(),
                    torch=torch.__version__, machine=f'{platform.machine()} {device} {str(dtype)[6:]}')
-    if cfg.fold >= 0: metrics['scores'] = final_scores(cfg, model, store, bpp)
-    with atomic(out/'metrics.json') as p: p.write_text(json.dumps(metrics, indent=1))
-    return metrics
-
-def final_scores(cfg, model, store, bpp):
-    "Official metric of model and baselines on the held-out fold, same rows: name → dict(2A3, DMS, official, positions)"
+    if cfg.fold < 0: return metrics
     valid,rest = held_out(store, cfg.fold),np.flatnonzero(store.rows.fold != cfg.fold)
     preds = {cfg.model: predict_rows(model, store, bpp, valid)} | baselines(store, rest, store.rows.sequence.iloc[valid].tolist(), bpp)
-    return {k: score(p, store, valid) for k,p in preds.items()}
+    with atomic(out/'errors.parquet') as p: errors(preds[cfg.model], store, valid).to_parquet(p, index=False)
+    return metrics | dict(scores={k: score(p, store, valid) for k,p in preds.items()})
+
+def errors(preds, store, rows)->pd.DataFrame: # a row per sequence with positions that count
+    "Sum of absolute errors per modifier and number of positions, by sequence"
+    good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows]
+    parts = [absolute_errors(p[None], store[i][0][None], g[None]) for p,i,g in zip(preds, rows, good, strict=True)]
+    t = store.rows.iloc[rows][['sequence_id','dataset_name']].assign(length=[len(p) for p in preds], positions=[n for _,n in parts])
+    for k,m in enumerate(MODS): t[m] = [float(e[k]) for e,_ in parts]
+    return t[t.positions > 0]
+
+# %% ../nbs/04_train.ipynb #72f21a63
+def _tensorboard(out, cfg):
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(out/'tensorboard')
+    writer.add_text('cfg', '```json\n' + json.dumps(asdict(cfg), indent=1) + '\n```')
+    def sink(line):
+        for k,v in line.items():
+            if k != 'step' and isinstance(v, (int, float)): writer.add_scalar(k, v, line['step'])
+        writer.flush()
+    return sink,writer.close
+
+def _neptune(out, cfg):
+    os.environ.setdefault('NEPTUNE_DATA_DIRECTORY', str(out/'neptune'))
+    import neptune
+    run = neptune.init_run(mode=os.environ.get('NEPTUNE_MODE', 'async' if os.environ.get('NEPTUNE_API_TOKEN') else 'offline'),
+                           capture_stdout=False, capture_stderr=False, capture_hardware_metrics=False, git_ref=False, source_files=[])
+    run['cfg'] = asdict(cfg)
+    def sink(line):
+        for k,v in line.items():
+            if k != 'step' and isinstance(v, (int, float)): run[k].append(v, step=line['step'])
+    return sink,run.stop
+
+@contextmanager
+def tracking(cfg, out, sinks=dict(tensorboard=_tensorboard, neptune=_neptune)):
+    "Yields a function that takes a line of the log and returns at once"
+    if cfg.tracker == 'none' or world()[0]: yield lambda line: None; return
+    lines = queue.Queue(10_000)
+    def work():
+        try:
+            sink,close = sinks[cfg.tracker](out, cfg)
+            while (line := lines.get()) is not None: sink(line)
+            close()
+        except Exception as e: click.echo(f'{out}: {cfg.tracker} has failed ({type(e).__name__}: {e}); training goes on without it', err=True)
+    def put(line):
+        try: lines.put_nowait(line)
+        except queue.Full: pass
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try: yield put
+    finally: put(None); thread.join(10)
+
+def read_neptune(
+    out, # run folder
+)->pd.DataFrame: # step, name, value
+    "What neptune has kept offline, in all runs of a folder"
+    rows = []
+    for path in sorted(Path(out).glob('neptune/**/data-*.log')):
+        decoder,text = json.JSONDecoder(),path.read_text()
+        while text := text.lstrip():
+            line,end = decoder.raw_decode(text)
+            text,op = text[end:],line.get('obj', line)
+            for v in op.get('values', []) if op.get('type') == 'LogFloats' else []:
+                rows.append(dict(name='/'.join(op['path']), step=v['step'], value=v['value']))
+    return pd.DataFrame(rows, columns=['step','name','value'])
+
+# %% ../nbs/04_train.ipynb #18e53682
+def bootstrap(
+    t:pd.DataFrame, # from `errors`
+    n:int=1000, # samples
+)->np.ndarray: # n official scores
+    "The official score of resampled sequences"
+    a = t[[*MODS, 'positions']].to_numpy()
+    total = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1/len(a)), n) @ a
+    return (total[:,:-1]/total[:,-1:]).mean(1)
+
+def compare(
+    runs, # run folders
+)->tuple: # table with a row per run, figure
+    "Scores with intervals, differences in configuration, size and cost; and the curves"
+    rows,logs,cfgs_ = {},{},{}
+    for out in map(Path, runs):
+        for f in ('cfg.json','log.jsonl'):
+            if not (out/f).exists(): raise ValueError(f"{out/f}: no such file: give the folder of a run")
+        logs[out.name],cfgs_[out.name] = pd.DataFrame(read_log(out)),json.loads((out/'cfg.json').read_text())['cfg']
+        m = json.loads((out/'metrics.json').read_text()) if (out/'metrics.json').exists() else {}
+        row = dict(official=m.get('scores', {}).get(m.get('model'), {}).get('official'))
+        if (out/'errors.parquet').exists():
+            low,high = np.quantile(bootstrap(pd.read_parquet(out/'errors.parquet')), [.05, .95])
+            row['90 % of samples'] = f'{low:.4f} to {high:.4f}'
+        rows[out.name] = row | dict(parameters=m.get('parameters'), minutes=round(logs[out.name].seconds.max()/60, 1))
+    differ = [k for k in asdict(cfg_0) if len({repr(c.get(k)) for c in cfgs_.values()}) > 1]
+    for name,c in cfgs_.items(): rows[name] |= {k: c.get(k) for k in differ}
+    return pd.DataFrame(rows).T,plot_runs(logs)
+
+def plot_runs(logs):
+    "Held-out score, or training loss where there is none, over steps and over time"
+    fig,axs = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout='constrained')
+    for name,d in logs.items():
+        d = d.dropna(subset='mae' if 'mae' in d else 'loss')
+        for ax,x in zip(axs, (d.step, d.seconds/60), strict=True): ax.plot(x, d['mae' if 'mae' in d else 'loss'], 'o-', ms=3, label=name)
+    axs[0].set(xlabel='step', ylabel='held-out official MAE'); axs[1].set(xlabel='minutes'); axs[1].legend(frameon=False); sns.despine(fig)
+    return fig
 
 # %% ../nbs/04_train.ipynb #867bf39e
 def plot_log(
@@ -631,20 +978,68 @@ def plot_pred(
     fig.suptitle(title, fontsize=10); sns.despine(fig)
     return fig
 
+# %% ../nbs/04_train.ipynb #4197d904
+def watch(out)->str: # text of a few lines
+    "How far a run is, how fast, how long still, and how its loss went"
+    out = Path(out)
+    if not (out/'status.json').exists(): raise ValueError(f"{out}: no run has been started here")
+    status,log = json.loads((out/'status.json').read_text()),pd.DataFrame(read_log(out) if (out/'log.jsonl').exists() else [])
+    if not len(log): return f"{out.name}: process {status['pid']} on {status['host']}, nothing logged yet"
+    step,total,seconds = int(log.step.max()),status['steps'],log.seconds.max()
+    kind = 'loss' if 'loss' in log else 'mae'
+    loss,left = log[kind].dropna(),(total - step)*seconds/max(step, 1)
+    bins = np.array_split(loss.to_numpy(), min(40, len(loss)))
+    low,high = loss.min(),loss.max()
+    spark = ''.join('▁▂▃▄▅▆▇█'[int(7*(b.mean() - low)/max(high - low, 1e-9))] for b in bins)
+    who = f"process {status['pid']} on {status['host']}"
+    text = [f"{out.name}: {'finished' if (out/'metrics.json').exists() and step >= total else who}",
+            f"[{'#'*int(30*step/total):.<30}] step {step:,} of {total:,}, {status['sequences']/total*step/max(seconds, .1):.0f} sequences/s, {left/3600:.1f} h left",
+            f"{kind} {loss.iloc[-1]:.4f}  {spark}"]
+    if 'mae' in log: text.append(f"held-out official MAE {log.mae.dropna().iloc[-1]:.4f} after epoch {int(log.epoch[log.mae.notna()].iloc[-1])}")
+    return '\n'.join(text)
+
 # %% ../nbs/04_train.ipynb #b980126f
 @command()
-@click.argument('name', metavar='CFG')
+@click.argument('name', metavar='CFG', required=False)
 @click.option('--data', default='simulated', help="Store written by ribo_data, or 'simulated'.")
-@click.option('--run', 'out', type=click.Path(path_type=Path), help='Run folder.  [default: datamount/runs/CFG]')
+@click.option('--run', '--out', 'out', type=click.Path(path_type=Path), help='Run folder (under torchrun say --out).  [default: datamount/runs/CFG]')
 @click.option('--overrides', default='{}', help='JSON: fields of the configuration that differ, e.g. \'{"lr": 1e-3}\'.')
 @click.option('--bpp', 'bpps', type=click.Path(path_type=Path),
               help='Folder of the BPP store.  [default: datamount/bpp]')
-def ribo_train(name, data, out, overrides, bpps):
-    "Train the configuration CFG (cfg_demo, cfg_0, cfg_mamba), or go on where it stopped."
+@click.option('--all-folds', is_flag=True, help='One run for each fold of the store, in fold0, fold1, … of the run folder.')
+@click.option('--watch', 'seen', type=click.Path(path_type=Path), help='Show how far the run in this folder is, until it ends.')
+@click.option('--diagnose', 'snapshot', type=click.Path(path_type=Path), help="Say where a snapshot.pt's step is not finite.")
+def ribo_train(name, data, out, overrides, bpps, all_folds, seen, snapshot):
+    "Train the configuration CFG (cfg_demo, cfg_0, cfg_mamba, …), or go on where it stopped. Exit code 75: asked to stop, and saved."
+    if snapshot: click.echo(diagnose(snapshot)); return
+    if seen: follow(seen); return
+    if not name: raise click.UsageError('Give CFG, or --watch, or --diagnose.')
     out = out or datamount()/'runs'/name
-    try: metrics = train_run(make_cfg(name, overrides), data, out, bpps)
-    except KeyboardInterrupt as e:
-        click.echo(str(e) or 'stopped', err=True)
-        raise SystemExit(130) from e
-    click.echo(f"{out}: {metrics['model']}, {metrics['parameters']:,} parameters")
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    cfg,runs = make_cfg(name, overrides),[]
+    if all_folds:
+        store = Store(sample_store() if data == 'simulated' else data)
+        runs = [(replace(cfg, fold=f), out/f'fold{f}') for f in sorted(store.rows.fold.unique().tolist())]
+    try:
+        for cfg,out in runs or [(cfg, out)]: report(out, train_run(cfg, data, out, bpps))
+    except Stopped as e:
+        click.echo(str(e), err=True)
+        raise SystemExit(STOPPED) from e
+    finally:
+        if dist.is_initialized(): dist.destroy_process_group()
+
+def report(out, metrics):
+    if not metrics: return  # of a rank that is not the first
+    click.echo(f"{out}: {metrics['model']}, {metrics['parameters']:,} parameters" + '; time was up before the end: start it again to go on'*(not metrics['finished']))
     if 'scores' in metrics: click.echo(pd.DataFrame(metrics['scores']).T.round(4).to_string())
+
+def follow(out, every=5.):
+    "Print `watch`, again and again where somebody looks, until the run ends"
+    while True:
+        text = watch(out)
+        click.echo(('\033[2J\033[H' if sys.stdout.isatty() else '') + text)
+        if not sys.stdout.isatty() or 'finished' in text.splitlines()[0]: return
+        time.sleep(every)
+
+# %% ../nbs/04_train.ipynb #9237e735
+if __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', '') == 'ribo_nb.train': ribo_train()  # torchrun -m ribo_nb.train

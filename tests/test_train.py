@@ -1,7 +1,8 @@
 "Processes that are killed, stopped and started again."
-import json,pickle,random,signal,time
-import pytest,torch
-from helpers import TINY,call,invoke,start
+import contextlib,importlib.util,io,json,multiprocessing,os,pickle,random,signal,subprocess,sys,time
+import psutil,pytest,torch
+from helpers import BIN,ROOT,TINY,call,env,invoke,start
+from ribo_nb.train import STOPPED,load_checkpoint,make_cfg,read_neptune,tracking
 
 def run(mount, out, *more, cfg='cfg_demo', overrides=TINY):
     return ('ribo_train', cfg, '--data', mount/'store.parquet', '--bpp', mount/'bpp', '--run', out, '--overrides', overrides, *more)
@@ -10,23 +11,42 @@ def weights(out): return torch.load(out/'best.pt', weights_only=True)['model']
 
 def log(out): return [{k: v for k,v in json.loads(l).items() if k != 'seconds'} for l in (out/'log.jsonl').read_text().splitlines()]
 
+def child(cfg, store, out, bpps):
+    "A training process, as ribo_train is one"
+    from ribo_nb.train import STOPPED,Stopped,train_run
+    torch.set_num_threads(1)
+    os.environ['TQDM_DISABLE'] = '1'
+    try: train_run(cfg, store, out, bpps)
+    except Stopped: sys.exit(STOPPED)
+
+@pytest.fixture(scope='module')
+def fork():
+    "Starts children of a process that has everything imported, which saves five seconds each"
+    ctx = multiprocessing.get_context('forkserver')
+    ctx.set_forkserver_preload(['ribo_nb.train','test_train'])
+    def begin(*args):
+        p = ctx.Process(target=child, args=args)
+        p.start()
+        return p
+    return begin
+
 @pytest.mark.parametrize('model', ['squeezeformer','mamba'])
-def test_killed_run_equals_uninterrupted(mount, tmp_path, model):
-    "SIGKILL at random moments, SIGTERM once; started again each time; same weights and log, bit for bit"
-    o = json.dumps(json.loads(TINY) | dict(model=model, n_epoch=12, dropout=.1, save_minutes=.002))
-    assert call(*run(mount, tmp_path/'whole', overrides=o)).returncode == 0
-    rng,hit = random.Random(model),0
-    for sig in (signal.SIGKILL, signal.SIGTERM):
-        p = start(*run(mount, tmp_path/'parts', overrides=o))
-        before = _step(tmp_path/'parts')
-        while p.poll() is None and _step(tmp_path/'parts') <= before: time.sleep(.02)
-        time.sleep(rng.random()*.3)
-        if p.poll() is None: hit += 1
-        p.send_signal(sig)
-        err = p.communicate(timeout=60)[1]
-        if sig == signal.SIGTERM and p.returncode: assert p.returncode == 130 and 'start the same run again' in err
-    assert hit, 'no kill fell into a running run: the run is too short for this test'
-    assert call(*run(mount, tmp_path/'parts', overrides=o)).returncode == 0
+def test_killed_thirty_times_equals_uninterrupted(mount, tmp_path, fork, model):
+    "SIGKILL 20 times at random moments, SIGTERM and SIGINT 5 times each; same weights, log and metrics, bit for bit"
+    cfg = make_cfg('cfg_demo', json.loads(TINY) | dict(model=model, n_epoch=60, dropout=.1, flip=True, ema=.99, accumulate=2, save_minutes=.0005))
+    args = mount/'store.parquet',tmp_path/'parts',mount/'bpp'
+    (whole := fork(cfg, args[0], tmp_path/'whole', args[2])).join()
+    assert whole.exitcode == 0
+    rng,codes = random.Random(model),[]
+    for sig in rng.sample([signal.SIGKILL]*20 + [signal.SIGTERM]*5 + [signal.SIGINT]*5, 30):
+        before,p = _step(tmp_path/'parts'),fork(cfg, *args)
+        while p.is_alive() and _step(tmp_path/'parts') <= before: time.sleep(.005)
+        time.sleep(rng.random()*.1)
+        os.kill(p.pid, sig); p.join(60)
+        codes.append((sig, p.exitcode))
+    assert all(c in ((-9,) if s == signal.SIGKILL else (STOPPED,)) for s,c in codes), codes  # none had come to its end
+    (last := fork(cfg, *args)).join()
+    assert last.exitcode == 0
     a,b = weights(tmp_path/'whole'),weights(tmp_path/'parts')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert log(tmp_path/'whole') == log(tmp_path/'parts')
@@ -36,6 +56,111 @@ def test_killed_run_equals_uninterrupted(mount, tmp_path, model):
 def _step(out):
     "Time of the newest checkpoint"
     return (out/'last.pt').stat().st_mtime_ns if (out/'last.pt').exists() else 0
+
+def until(p, out, before=0):
+    while p.poll() is None and _step(out) <= before: time.sleep(.02)
+
+def test_papermill_killed_and_ignoring_sigint(mount, tmp_path):
+    "The launcher is killed with its kernel; then started as a shell's background job is, deaf to SIGINT; it goes on each time"
+    o = json.dumps(json.loads(TINY) | dict(n_epoch=14, save_minutes=.001))
+    args = lambda out: ('papermill', '--no-progress-bar', ROOT/'nbs'/'04_train.ipynb', out/'train.ipynb', '-p', 'cfg', 'cfg_demo', '-p', 'data', mount/'store.parquet', '-p', 'bpps', mount/'bpp', '-p', 'run', out, '-p', 'overrides', o)
+    for d in ('whole','parts'): (tmp_path/d).mkdir()
+    assert call(*args(tmp_path/'whole')).returncode == 0
+    p = start(*args(tmp_path/'parts')); until(p, tmp_path/'parts')
+    os.killpg(p.pid, signal.SIGKILL); p.communicate()
+    subprocess.run(['pkill', '-9', '-f', str(tmp_path/'parts')])
+    pid = json.loads((tmp_path/'parts'/'status.json').read_text())['pid']
+    with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)  # the kernel has a session of its own
+    before = _step(tmp_path/'parts')
+    p = subprocess.Popen(['sh', '-c', "trap '' INT; exec \"$@\"", 'sh', BIN/'papermill', *map(str, args(tmp_path/'parts')[1:])], cwd=ROOT, env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    until(p, tmp_path/'parts', before)
+    os.kill(json.loads((tmp_path/'parts'/'status.json').read_text())['pid'], signal.SIGINT)
+    assert p.wait(60) != 0 and 'start the same run again' in (tmp_path/'parts'/'train.ipynb').read_text()
+    assert call(*args(tmp_path/'parts')).returncode == 0
+    a,b = weights(tmp_path/'whole'),weights(tmp_path/'parts')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_command_stops_with_its_own_exit_code(mount, tmp_path):
+    o = json.dumps(json.loads(TINY) | dict(n_epoch=500, save_minutes=.001))
+    p = start(*run(mount, tmp_path, overrides=o)); until(p, tmp_path)
+    r = invoke(*run(mount, tmp_path, overrides=o))  # a second start of the same folder
+    assert r.exit_code == 1 and 'trains here already' in r.output
+    assert 'sequences/s' in invoke('ribo_train', '--watch', tmp_path).output or 'nothing logged' in invoke('ribo_train', '--watch', tmp_path).output
+    p.send_signal(signal.SIGTERM)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == STOPPED and 'start the same run again' in err
+
+@pytest.mark.parametrize('damage', ['cut','bit','empty','pickle'])
+def test_damaged_checkpoint_falls_back_to_the_one_before(mount, tmp_path, damage):
+    o = TINY[:-1] + ', "save_minutes": 0.0}'
+    assert invoke(*run(mount, tmp_path/'a', overrides=o)).exit_code == 0
+    want,last = weights(tmp_path/'a'),tmp_path/'a'/'last.pt'
+    data = last.read_bytes()
+    last.write_bytes(dict(cut=data[:-99], bit=data[:999] + bytes([data[999]^1]) + data[1000:], empty=b'', pickle=pickle.dumps(Bomb(tmp_path/'exploded')))[damage])
+    r = invoke(*run(mount, tmp_path/'a', overrides=o))
+    assert r.exit_code == 0 and 'going on from prev.pt' in r.output and not (tmp_path/'exploded').exists()
+    assert all(torch.equal(v, want[k]) for k,v in weights(tmp_path/'a').items())
+
+def test_time_budget_stops_in_time_and_goes_on(mount, tmp_path):
+    o = TINY[:-1] + ', "n_epoch": 4000, "time_budget": 0.002}'
+    t = time.monotonic()
+    r = invoke(*run(mount, tmp_path, overrides=o))
+    assert r.exit_code == 0 and 'start it again to go on' in r.output and time.monotonic() - t < 7.2 + 3
+    assert (tmp_path/'best.pt').exists() and not json.loads((tmp_path/'metrics.json').read_text())['finished']
+    step = json.loads((tmp_path/'log.jsonl').read_text().splitlines()[-1])['step']
+    r = invoke(*run(mount, tmp_path, overrides=o))
+    assert json.loads((tmp_path/'log.jsonl').read_text().splitlines()[-1])['step'] > step
+
+def test_full_disk_keeps_the_last_checkpoint(mount, tmp_path):
+    "No file may grow beyond what the log and the small files need"
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); from ribo_nb.train import ribo_train; ribo_train()"
+    o = TINY[:-1] + ', "save_minutes": 0.0}'
+    assert invoke(*run(mount, tmp_path, overrides=o)).exit_code == 0
+    before = (tmp_path/'last.pt').read_bytes()
+    (tmp_path/'last.pt').unlink()  # go on from the one before
+    r = subprocess.run([sys.executable, '-c', code, *map(str, run(mount, tmp_path, overrides=o)[1:])], env=env(), capture_output=True, text=True)
+    assert r.returncode == 1 and 'make room and start again' in r.stderr, r.stderr[-500:]
+    assert invoke(*run(mount, tmp_path, overrides=o)).exit_code == 0 and load_checkpoint(tmp_path/'last.pt')['pos'] == torch.load(io.BytesIO(before), weights_only=True)['pos']
+
+@pytest.mark.parametrize('tracker', ['none','tensorboard','neptune'])
+def test_every_tracker_without_network_or_token(mount, tmp_path, tracker, monkeypatch):
+    "Whether the package is there or not, training comes to its end"
+    monkeypatch.delenv('NEPTUNE_API_TOKEN', raising=False)
+    r = invoke(*run(mount, tmp_path, overrides=TINY[:-1] + f', "n_epoch": 8, "tracker": "{tracker}"}}'))
+    assert r.exit_code == 0
+    if tracker == 'tensorboard' and importlib.util.find_spec('tensorboard'): assert list((tmp_path/'tensorboard').glob('events*'))
+    if tracker == 'neptune' and importlib.util.find_spec('neptune'): assert 'loss' in set(read_neptune(tmp_path).name)
+
+def test_a_tracker_that_hangs_or_fails_stops_nothing(mount, tmp_path, capsys):
+    cfg = make_cfg('cfg_demo', dict(tracker='neptune'))
+    def hangs(out, cfg): return (lambda line: time.sleep(60)),None
+    def fails(out, cfg): raise OSError('no network')
+    for sink in (hangs, fails):
+        with tracking(cfg, tmp_path, dict(neptune=sink)) as put:
+            t = time.monotonic()
+            for k in range(20_000): put(dict(step=k))
+            assert time.monotonic() - t < 1
+    assert 'training goes on without it' in capsys.readouterr().err
+
+def test_two_processes_train_as_one(mount, tmp_path):
+    "Same global batch, same loss to rounding; a rank that is killed ends the job, and it goes on"
+    o = json.dumps(json.loads(TINY) | dict(n_epoch=6, dropout=0., flip=True))
+    two = lambda out: ('torchrun', '--nproc-per-node=2', f'--master-port={random.randint(20_000, 60_000)}', '-m', 'ribo_nb.train', *('--out' if a == '--run' else a for a in run(mount, out, overrides=o)[1:]))
+    assert invoke(*run(mount, tmp_path/'one', overrides=o)).exit_code == 0
+    r = call(*two(tmp_path/'two'))
+    assert r.returncode == 0, r.stderr[-2000:]
+    for a,b in zip(log(tmp_path/'one'), log(tmp_path/'two'), strict=True):
+        assert a['step'] == b['step'] and abs(a.get('loss', a.get('mae')) - b.get('loss', b.get('mae'))) < 1e-4
+    o = o[:-1] + ', "save_minutes": 0.0005}'.replace('"save', '"save')
+    o = json.dumps(json.loads(o) | dict(n_epoch=200))
+    p = start(*two(tmp_path/'killed')); until(p, tmp_path/'killed')
+    rank = next(q for q in psutil.Process(p.pid).children(recursive=True) if 'ribo_nb.train' in ' '.join(q.cmdline()))
+    rank.kill()
+    assert p.wait(120) != 0
+    step = load_checkpoint(tmp_path/'killed'/'last.pt')['pos']['step']
+    p = start(*two(tmp_path/'killed')); until(p, tmp_path/'killed', _step(tmp_path/'killed')); time.sleep(.5)
+    os.killpg(p.pid, signal.SIGTERM); p.communicate(timeout=120)
+    assert load_checkpoint(tmp_path/'killed'/'last.pt')['pos']['step'] > step
 
 def test_same_seed_same_metrics_other_seed_not(mount, tmp_path):
     for d,o in (('a', TINY), ('b', TINY), ('c', TINY[:-1] + ', "seed": 1}')): assert invoke(*run(mount, tmp_path/d, overrides=o)).exit_code == 0
