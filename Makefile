@@ -40,7 +40,7 @@ train: install  ## papermill run of CFG=cfg_0 on DATA=datamount/parquet/....parq
 watch: install  ## progress, speed, time left and loss of the run of CFG
 	$B/ribo_train --watch $(RUN)
 stop: install  ## ask the run of CFG to save and stop
-	$B/python -c 'import json,os,signal; os.kill(json.load(open("$(RUN)/status.json"))["pid"], signal.SIGTERM)'
+	$B/ribo_train --stop $(RUN)
 board: install  ## the web page of tensorboard for all runs with tracker=tensorboard (pip install tensorboard)
 	$B/tensorboard --logdir datamount/runs
 lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes

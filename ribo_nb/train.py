@@ -11,7 +11,8 @@ __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_s
            'parts_of', 'train_step', 'Progress', 'check_same', 'model_to', 'Stopped', 'stoppable', 'out_of_memory',
            'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone',
            'train_run', 'barrier', 'record', 'measure', 'errors', 'tracking', 'read_neptune', 'bootstrap', 'compare',
-           'plot_runs', 'plot_log', 'plot_scores', 'plot_pred', 'watch', 'ribo_train', 'report', 'follow']
+           'plot_runs', 'plot_log', 'plot_scores', 'plot_pred', 'watch', 'ribo_train', 'report', 'ask_to_stop',
+           'follow']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,signal,socket,struct,subprocess,sys,threading,time
@@ -744,15 +745,16 @@ def check_trainable(store:Store, cfg:Cfg):
     t = store.rows.iloc[rows]
     sn,good = (torch.tensor(t[[f'{c}_{m}' for m in MODS]].to_numpy(d)) for c,
                d in (('signal_to_noise', np.float32), ('SN_filter', bool)))
-    measured = torch.tensor(np.array([~np.isnan(store[i][0]).all(0) for i in rows]).reshape(-1, 2))
-    if not (sn_weight(dict(sn=sn, SN_filter=good), cfg.weight)*measured).sum():
+    weight = sn_weight(dict(sn=sn, SN_filter=good), cfg.weight).numpy()
+    if not any((w*~np.isnan(store[i][0])).any() for i,w in zip(rows, weight, strict=True)):  # ends at the first
         raise ValueError(f"{store.path}: the {len(rows)} rows outside fold {cfg.fold} hold no profile to learn from "
                          f"(with weight={cfg.weight!r}): another fold, another weight, or more data")
     if cfg.fold < 0: return
     if not len(valid):
         raise ValueError(f"{store.path} has no fold {cfg.fold}, its folds are "
                          f"{sorted(store.rows.fold.unique().tolist())}; -1 trains on everything")
-    score([np.zeros_like(store[i][0]) for i in valid], store, valid)
+    good = store.rows[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy()
+    if not any(good[i] and (~np.isnan(store[i][0]).any(-1)).any() for i in valid): score([], store, valid[:0])  # says why
 
 @contextmanager
 def alone(out):
@@ -993,7 +995,7 @@ def watch(out)->str: # text of a few lines
     spark = ''.join('▁▂▃▄▅▆▇█'[int(7*(b.mean() - low)/max(high - low, 1e-9))] for b in bins)
     who = f"process {status['pid']} on {status['host']}"
     text = [f"{out.name}: {'finished' if (out/'metrics.json').exists() and step >= total else who}",
-            f"[{'#'*int(30*step/total):.<30}] step {step:,} of {total:,}, {status['sequences']/total*step/max(seconds, .1):.0f} sequences/s, {left/3600:.1f} h left",
+            f"[{'#'*int(30*step/total):.<30}] step {step:,} of {total:,}, {status['sequences']/total*step/max(seconds, .1):.0f} sequences/s, {pd.Timedelta(seconds=round(left))} left",
             f"{kind} {loss.iloc[-1]:.4f}  {spark}"]
     if 'mae' in log: text.append(f"held-out official MAE {log.mae.dropna().iloc[-1]:.4f} after epoch {int(log.epoch[log.mae.notna()].iloc[-1])}")
     return '\n'.join(text)
@@ -1008,12 +1010,14 @@ def watch(out)->str: # text of a few lines
               help='Folder of the BPP store.  [default: datamount/bpp]')
 @click.option('--all-folds', is_flag=True, help='One run for each fold of the store, in fold0, fold1, … of the run folder.')
 @click.option('--watch', 'seen', type=click.Path(path_type=Path), help='Show how far the run in this folder is, until it ends.')
+@click.option('--stop', 'ended', type=click.Path(path_type=Path), help='Ask the run in this folder to save and stop.')
 @click.option('--diagnose', 'snapshot', type=click.Path(path_type=Path), help="Say where a snapshot.pt's step is not finite.")
-def ribo_train(name, data, out, overrides, bpps, all_folds, seen, snapshot):
+def ribo_train(name, data, out, overrides, bpps, all_folds, seen, ended, snapshot):
     "Train the configuration CFG (cfg_demo, cfg_0, cfg_mamba, …), or go on where it stopped. Exit code 75: asked to stop, and saved."
     if snapshot: click.echo(diagnose(snapshot)); return
     if seen: follow(seen); return
-    if not name: raise click.UsageError('Give CFG, or --watch, or --diagnose.')
+    if ended: click.echo(ask_to_stop(ended)); return
+    if not name: raise click.UsageError('Give CFG, or --watch, --stop or --diagnose.')
     out = out or datamount()/'runs'/name
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
     cfg,runs = make_cfg(name, overrides),[]
@@ -1032,6 +1036,15 @@ def report(out, metrics):
     if not metrics: return  # of a rank that is not the first
     click.echo(f"{out}: {metrics['model']}, {metrics['parameters']:,} parameters" + '; time was up before the end: start it again to go on'*(not metrics['finished']))
     if 'scores' in metrics: click.echo(pd.DataFrame(metrics['scores']).T.round(4).to_string())
+
+def ask_to_stop(out)->str: # what was done
+    "SIGTERM to the process that trains in a run folder, if one does"
+    try:
+        with FileLock(Path(out)/'lock', blocking=False): return f'{out}: nothing trains here'
+    except Timeout: by = json.loads((Path(out)/'status.json').read_text())
+    if by['host'] != socket.gethostname(): return f"{out}: trains on {by['host']}; there: kill {by['pid']}"
+    os.kill(by['pid'], signal.SIGTERM)
+    return f"{out}: process {by['pid']} saves after its step and stops; start the same run again to go on"
 
 def follow(out, every=5.):
     "Print `watch`, again and again where somebody looks, until the run ends"

@@ -2,7 +2,7 @@
 import contextlib,importlib.util,io,json,multiprocessing,os,pickle,random,signal,subprocess,sys,time
 import psutil,pytest,torch
 from helpers import BIN,ROOT,TINY,call,env,invoke,start
-from ribo_nb.train import STOPPED,load_checkpoint,make_cfg,read_neptune,tracking
+from ribo_nb.train import STOPPED,load_checkpoint,make_cfg,read_neptune,tracking,train_run
 
 def run(mount, out, *more, cfg='cfg_demo', overrides=TINY):
     return ('ribo_train', cfg, '--data', mount/'store.parquet', '--bpp', mount/'bpp', '--run', out, '--overrides', overrides, *more)
@@ -101,6 +101,14 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(mount, tmp_path, damage
     assert r.exit_code == 0 and 'going on from prev.pt' in r.output and not (tmp_path/'exploded').exists()
     assert all(torch.equal(v, want[k]) for k,v in weights(tmp_path/'a').items())
 
+def test_all_folds_and_their_comparison(mount, tmp_path):
+    r = invoke(*run(mount, tmp_path, '--all-folds', overrides=TINY))
+    assert r.exit_code == 0 and len(list(tmp_path.glob('fold*/metrics.json'))) == 4
+    r = invoke('ribo_score', *(a for f in range(2) for a in ('--runs', tmp_path/f'fold{f}')))
+    assert r.exit_code == 0 and 'fold0' in r.output and ' to 0.' in r.output
+    r = invoke('ribo_train', '--stop', tmp_path/'fold0')
+    assert r.exit_code == 0 and 'nothing trains here' in r.output
+
 def test_time_budget_stops_in_time_and_goes_on(mount, tmp_path):
     o = TINY[:-1] + ', "n_epoch": 4000, "time_budget": 0.002}'
     t = time.monotonic()
@@ -151,8 +159,11 @@ def test_two_processes_train_as_one(mount, tmp_path):
     assert r.returncode == 0, r.stderr[-2000:]
     for a,b in zip(log(tmp_path/'one'), log(tmp_path/'two'), strict=True):
         assert a['step'] == b['step'] and abs(a.get('loss', a.get('mae')) - b.get('loss', b.get('mae'))) < 1e-4
-    o = o[:-1] + ', "save_minutes": 0.0005}'.replace('"save', '"save')
-    o = json.dumps(json.loads(o) | dict(n_epoch=200))
+    with pytest.raises(ZeroDivisionError):  # one process dies after an epoch, two go on
+        train_run(make_cfg('cfg_demo', o), mount/'store.parquet', tmp_path/'other', mount/'bpp', lambda lines: 1/(lines[-1]['epoch'] - 3))
+    assert call(*two(tmp_path/'other')).returncode == 0
+    assert abs(log(tmp_path/'one')[-1]['mae'] - log(tmp_path/'other')[-1]['mae']) < 1e-4
+    o = json.dumps(json.loads(o) | dict(n_epoch=200, save_minutes=.0005))
     p = start(*two(tmp_path/'killed')); until(p, tmp_path/'killed')
     rank = next(q for q in psutil.Process(p.pid).children(recursive=True) if 'ribo_nb.train' in ' '.join(q.cmdline()))
     rank.kill()
