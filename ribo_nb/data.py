@@ -880,9 +880,10 @@ class Spool:
         return outs
 
 def _strings(ids, start):
-    "Ids as Arrow text"
-    letters = np.frombuffer(b'?' + NTS.encode(), np.uint8)[ids]
-    return pa.LargeStringArray.from_buffers(len(start)-1, pa.py_buffer(start.astype(np.int64)), pa.py_buffer(letters))
+    "Ids as Arrow text, in the same memory: `ids` are letters afterwards"
+    letters = np.frombuffer(b'?' + NTS.encode(), np.uint8)
+    for k in range(0, len(ids), 1<<20): ids[k:k+(1<<20)] = letters[ids[k:k+(1<<20)]]
+    return pa.LargeStringArray.from_buffers(len(start)-1, pa.py_buffer(start.astype(np.int64)), pa.py_buffer(ids))
 
 # %% ../nbs/00_data.ipynb #4f2d8454
 def _row_families(ids, start, hashes):
@@ -910,7 +911,7 @@ def _schema(rows, meta):
     return pa.schema([(c, fields.get(c, profile)) for c in order], {'ribo_nb': json.dumps(meta)})
 
 # %% ../nbs/00_data.ipynb #b8343d57
-def _tables(rows, spool, schema, step=8192):
+def _tables(rows, spool, schema, step=4096):
     "The store in groups of rows"
     for s in range(0, len(rows), step):
         r = slice(s, min(s+step, len(rows)))
@@ -958,6 +959,7 @@ def write_store(
         meta = dict(version=STORE_VERSION, source=Path(raw).name, sha256=digest.result(), n_fold=int(rows.fold.max())+1,
                     seed=seed, sample=sample, split=split)
         _write_groups(rows, spool, _schema(rows, meta), path)
+        del df
     rows.insert(1, 'sequence', pd.Series(_strings(ids, spool.begin).to_pandas()))
     return rows
 
