@@ -41,7 +41,8 @@ watch: install  ## progress, speed, time left and loss of the run of CFG
 	$B/ribo_train --watch $(RUN)
 stop: install  ## ask the run of CFG to save and stop
 	$B/ribo_train --stop $(RUN)
-board: install  ## the web page of tensorboard for all runs with tracker=tensorboard (pip install tensorboard)
+board: install  ## the web page of tensorboard for all runs with tracker=tensorboard
+	$B/python -c 'import tensorboard' 2>/dev/null || $B/uv pip install -q --python $B/python -c constraints.txt tensorboard
 	$B/tensorboard --logdir datamount/runs
 lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes
 	$B/jupyter lab --notebook-dir nbs

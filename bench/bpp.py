@@ -1,5 +1,5 @@
 "Folding and the BPP store beside the alternatives, in one run: `python bench/bpp.py --help`."
-import os,resource,shutil,subprocess,sys,tempfile,time
+import os,resource,tempfile,time
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
 from ribo_nb.bpp import *

@@ -5,7 +5,7 @@ from pathlib import Path
 import click,pandas as pd,torch
 from ribo_nb.bpp import BppStore
 from ribo_nb.data import Store
-from ribo_nb.train import Trainer,build,cfgs,sample_store,tracking
+from ribo_nb.train import Trainer,build,cfgs,record,sample_store,tracking
 
 @click.command()
 @click.option('--steps', default=60, show_default=True, help='Steps per round.')
@@ -25,6 +25,7 @@ def main(steps, rounds, save_minutes, tracker, store):
             (Path(d)/name).mkdir()
             runs[name] = Trainer(cfg, build(cfg), store, bpp, Path(d)/name)
         batches = [b for b,_ in zip(runs['bare'].load(0), range(steps))]
+        record(base, store, Path(d))
         with tracking(replace(base, tracker=tracker), Path(d)) as sink:
             runs['checkpoints, log, tracker'].tell = sink
             times = {k: [] for k in runs}

@@ -14,6 +14,7 @@ __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERS
 import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,sys,tempfile,threading,zlib
 import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.parquet as pq
 import matplotlib.pyplot as plt
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -170,7 +171,7 @@ def contexts(
     dot_bracket:str, # one structure, without pseudoknots
 )->np.ndarray: # index into `CONTEXTS`, (l)
     "Where each nucleotide sits: inside a helix, at its end, in a hairpin loop, in any other unpaired stretch"
-    n,stack,partner = len(dot_bracket),[],np.full(len(dot_bracket)+2, -1)  # one cell of margin at both sides
+    stack,partner = [],np.full(len(dot_bracket)+2, -1)  # one cell of margin at both sides
     for i,c in enumerate(dot_bracket, 1):
         if c == '(': stack.append(i)
         elif c == ')': partner[i] = j = stack.pop(); partner[j] = i
@@ -409,7 +410,6 @@ def _blocks(path, size=4<<20):
     "Lines of a CSV file, plain or gzip: the header, then blocks of whole lines, each with the place in the file"
     with open(path, 'rb') as raw:
         f = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b'\x1f\x8b' else raw
-        rest = yield f.readline(1<<24),0
         yield f.readline(1<<24),0
         rest = b''
         while more := f.read(size):
@@ -442,22 +442,33 @@ def _odd_number(path, row, name, text):
         raise ValueError(f"{path}, row {row}: column {name} holds {text!r}, which is not a number: correct it, or "
                          f"leave it blank if it was not measured") from None
 
+def _in_order(f, it, n=2):
+    "f of each item, `n` at a time in threads, in the order of the items"
+    waiting = deque()
+    with ThreadPoolExecutor(n) as pool:
+        for x in it:
+            waiting.append(pool.submit(f, x))
+            if len(waiting) > n: yield waiting.popleft().result()
+        while waiting: yield waiting.popleft().result()
+
 def _csv_batches(path):
     blocks,first = _blocks(path),0
     names = next(csv.reader([next(blocks)[0].decode('utf-8-sig')]), [])
     texts,numbers = _columns(path, names)
     place = {c: -2-k for k,c in enumerate(texts)} | {c: k for k,c in enumerate(numbers)}
     role = np.array([place.get(c, -1) for c in names])
-    for block,at in blocks:
-        buf = np.frombuffer(block, np.uint8)
+    def scan(item):
+        buf = np.frombuffer(item[0], np.uint8)
         n = np.count_nonzero(buf == 10)
         number,span = np.empty((n, len(numbers)), np.float32),np.empty((n, len(texts), 2), np.int32)
-        n,n_odd = _scan(buf, role, number, span, odd := np.empty((number.size, 4), np.int32))
+        odd = np.empty((number.size, 4), np.int32)
+        return *item,number,span,odd,_scan(buf, role, number, span, odd)
+    for block,at,number,span,odd,(n,n_odd) in _in_order(scan, blocks):
         if n < 0: raise ValueError(f"{path}, row {first-n}: not as many fields as the header, which has {len(role)}: "
                                    f"the file is damaged or cut short, download or write it again")
         for row,k,a,b in odd[:n_odd]: number[row,role[k]] = _odd_number(path, first+row+1, names[k], block[a:b])
         first += n
-        if n: yield [_text_column(buf, span[:n,k]) for k in range(len(texts))],number[:n],at
+        if n: yield [_text_column(np.frombuffer(block, np.uint8), span[:n,k]) for k in range(len(texts))],number[:n],at
 
 # %% ../nbs/00_data.ipynb #f9ed9126
 def _cast(path, column, name, to):
@@ -854,12 +865,12 @@ class Spool:
     "What `read_raw` wrote, to be read in any order"
     def __init__(self,
         file, # the spool
-        df:pd.DataFrame, # its records
+        length:np.ndarray, # nucleotides of each of its records
         at:np.ndarray, # per row of the store and modifier the number of a record, -1: none, (n m)
     ):
         self.file,self.at,self.any = file,at,at.max(1)
-        self.start = np.r_[0, np.cumsum(_words(df.length.to_numpy(np.int64)))]
-        self.length = df.length.to_numpy(np.int64)[self.any]
+        self.start = np.r_[0, np.cumsum(_words(length))]
+        self.length = length[self.any]
         self.begin = np.r_[0, np.cumsum(self.length)]  # of each row, in nucleotides
 
     def take(self,
@@ -932,7 +943,15 @@ def _write_groups(rows, spool, schema, path):
                 w.write_table(t)
                 bar.update(len(t))
 
-# %% ../nbs/00_data.ipynb #406984f7
+# %% ../nbs/00_data.ipynb #3236bab1
+def _join(raw, file, kept):
+    "The raw table's rows without profiles, the spool of their profiles, the hash of each row's sequence"
+    df = read_raw(raw, file, kept)
+    rows = pair_profiles(df, raw)
+    spool = Spool(file, df.length.to_numpy(np.int64), np.stack([rows.pop(m) for m in MODS], 1))
+    _details(df, rows, spool.at)
+    return rows,spool,df.hash.to_numpy()[spool.any]
+
 SPLITS = 'family','length'
 
 def write_store(
@@ -948,18 +967,14 @@ def write_store(
     path = check_target(path, raw)
     with writable(path), tempfile.TemporaryFile(dir=path.parent) as file, ThreadPoolExecutor(1) as pool:
         digest = pool.submit(sha256, raw)
-        df = read_raw(raw, file, _draw(raw, sample, seed) if sample else None)
-        rows = pair_profiles(df, raw)
-        spool = Spool(file, df, np.stack([rows.pop(m) for m in MODS], 1))
+        rows,spool,hashes = _join(raw, file, _draw(raw, sample, seed) if sample else None)
         ids, = spool.take(slice(0, len(rows)), 'ids')
-        rows['cluster'] = _row_families(ids, spool.begin, df.hash.to_numpy()[spool.any])
+        rows['cluster'] = _row_families(ids, spool.begin, hashes)
         rows['fold'] = (length_folds(rows.cluster, spool.length) if split == 'length' else
                         assign_folds(rows.cluster.to_numpy(), rows.dataset_name, n_fold, seed))
-        _details(df, rows, spool.at)
         meta = dict(version=STORE_VERSION, source=Path(raw).name, sha256=digest.result(), n_fold=int(rows.fold.max())+1,
                     seed=seed, sample=sample, split=split)
         _write_groups(rows, spool, _schema(rows, meta), path)
-        del df
     rows.insert(1, 'sequence', pd.Series(_strings(ids, spool.begin).to_pandas()))
     return rows
 

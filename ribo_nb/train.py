@@ -4,23 +4,26 @@
 
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
-           'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args', 'Cfg', 'make_cfg',
-           'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae', 'baselines',
-           'sn_weight', 'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows', 'score', 'save',
-           'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at', 'make_optimizer', 'Average', 'world', 'summed',
-           'parts_of', 'train_step', 'Progress', 'check_same', 'model_to', 'Stopped', 'stoppable', 'out_of_memory',
-           'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone',
-           'train_run', 'barrier', 'record', 'measure', 'errors', 'tracking', 'read_neptune', 'bootstrap', 'compare',
-           'plot_runs', 'plot_log', 'plot_scores', 'plot_pred', 'watch', 'ribo_train', 'report', 'ask_to_stop',
-           'follow']
+           'COSTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args', 'Cfg',
+           'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
+           'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows',
+           'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at',
+           'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed', 'parallel', 'parts_of', 'train_step',
+           'Progress', 'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'Trainer', 'train', 'read_log',
+           'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone', 'train_run', 'record', 'measure',
+           'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap',
+           'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow',
+           'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
-import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,signal,socket,struct,subprocess,sys,threading,time
+import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
 import click,numpy as np,pandas as pd,torch
 import matplotlib.pyplot as plt,seaborn as sns
 from contextlib import contextmanager,nullcontext
+from datetime import datetime,timezone
 from dataclasses import asdict,dataclass,field,fields,replace
 from filelock import FileLock,Timeout
+from importlib.metadata import version
 from pathlib import Path
 from torch import Tensor,distributed as dist,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,6 +98,7 @@ class Cfg:
     n_epoch:int=60
     batch_size:int=64 # sequences of `TYPICAL` length: more if they are shorter, fewer if they are longer
     accumulate:int=1 # parts in which a batch is worked off, to save memory
+    shard:bool=False # of several processes, each keeps only its share of weights and optimizer (FSDP2)
     schedule:str='cosine' # onecycle | cosine: how the learning rate comes up and down
     lr:float=2e-3 # peak
     weight_decay:float=.01
@@ -126,6 +130,7 @@ class Cfg:
         for name,allowed in _choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+        if self.shard and self.precision == 'fp16': raise ValueError("Cfg.shard needs precision bf16 or fp32, not fp16")
         for name in _switches - set(model_args(self)):
             if getattr(self, name) != Cfg.__dataclass_fields__[name].default:
                 raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, but {self.model} has no such switch")
@@ -143,17 +148,21 @@ cfg_mamba = replace(cfg_0, model='mamba', n_head=8)  # the state-space model, fu
 cfg_ribonanzanet = replace(cfg_0, model='ribonanzanet', d_model=256, n_layer=9, n_head=8, kernel_size=5,
                            dropout=.05, weight='SN_filter')  # He et al. 2024, corrected; the hosts' own, without BPPs
 cfg_seed32 = replace(cfg_0, model='seed32', d_model=384, n_layer=16, n_head=8, kernel_size=31, bpp='mix', n_epoch=32,
-                     batch_size=256, lr=5e-4, weight_decay=.05, warmup=1/32, weight='SN_filter')  # 32nd place, corrected
+                     batch_size=256, accumulate=8, flip=False, lr=5e-4, weight_decay=.05, warmup=1/32,
+                     weight='SN_filter')  # 32nd place, corrected
 cfg_demo = replace(cfg_0, d_model=64, n_layer=4, kernel_size=9, n_epoch=5, batch_size=16, lr=3e-3, dropout=0., flip=False,
                    warmup=.1)  # minutes on a laptop's CPU
 cfgs = dict(cfg_0=cfg_0, cfg_mamba=cfg_mamba, cfg_ribonanzanet=cfg_ribonanzanet, cfg_seed32=cfg_seed32, cfg_demo=cfg_demo)
 
 def make_cfg(
-    name:str, # one of `cfgs`
+    name:str, # one of `cfgs`, or the cfg.json of a run
     overrides='{}', # JSON or dict: fields that differ
 )->Cfg:
-    "A named configuration with some fields replaced; ValueError lists the valid names"
-    if name not in cfgs: raise ValueError(f"no configuration {name!r}, there are: {', '.join(cfgs)}")
+    "A configuration with some fields replaced; ValueError lists the valid names"
+    if str(name).endswith('.json'):
+        with readable(Path(name), 'the cfg.json of a run'): named = Cfg(**json.loads(Path(name).read_text())['cfg'])
+    elif name in cfgs: named = cfgs[name]
+    else: raise ValueError(f"no configuration {name!r}, there are: {', '.join(cfgs)}; or give a run's cfg.json")
     try: o = json.loads(overrides or '{}') if isinstance(overrides, str) else dict(overrides)
     except ValueError as e:
         raise ValueError(f"overrides {overrides!r} are not JSON ({e}): write for example '{{\"lr\": 1e-3}}'") from e
@@ -161,7 +170,7 @@ def make_cfg(
         raise ValueError(f"overrides {overrides!r} are not a JSON object: write for example '{{\"lr\": 1e-3}}'")
     if unknown := sorted(set(o) - set(Cfg.__dataclass_fields__)):
         raise ValueError(f"Cfg has no field {', '.join(unknown)}, its fields are: {', '.join(Cfg.__dataclass_fields__)}")
-    return replace(cfgs[name], **o)
+    return replace(named, **o)
 
 # %% ../nbs/04_train.ipynb #d6f700aa
 def build(
@@ -188,7 +197,7 @@ def _fake(model, n):
         if s._cdata not in own: kept[s._cdata] = s.nbytes()
         return t
     with FlopCounterMode(display=False, depth=None) as f, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = model(batch)
+        model(batch)
     return {k.partition('.')[2]: sum(v.values()) for k,v in f.get_flop_counts().items()},sum(kept.values())
 
 def summary(
@@ -274,10 +283,11 @@ def masked_mae(
     react:Tensor, # (b l m), NaN where not measured
     weight:Tensor, # (b m)
     total:Tensor|None=None, # sum of weights to divide by; default: over these positions
-)->Tensor: # scalar
-    "Weighted mean absolute error over measured positions"
+)->Tensor: # what each modifier adds to it, (m)
+    "Weighted mean absolute error over measured positions: the sum of the result"
     w = ~react.isnan() * weight[:,None]
-    return (w*(pred.float() - react.nan_to_num(0.).clamp(0, 1)).abs()).sum()/(w.sum() if total is None else total).clamp(min=1e-6)
+    wrong = w*(pred.float() - react.nan_to_num(0.).clamp(0, 1)).abs()
+    return wrong.sum((0, 1))/(w.sum() if total is None else total).clamp(min=1e-6)
 
 # %% ../nbs/04_train.ipynb #3deb6c8b
 def resolve(
@@ -322,23 +332,37 @@ def predict_rows(model, store:Store, bpp, rows)->list:
     "The same for rows of a store"
     return predict_sequences(model, store.rows.sequence.iloc[rows].tolist(), bpp)
 
-def score(
+def errors(
     preds:list, # one (l m) array per row
     store:Store,
     rows:np.ndarray, # row numbers
-)->dict: # 2A3, DMS, official
-    "The official metric, and its two halves, over rows of a store"
+)->pd.DataFrame: # sequence_id, dataset_name, length, positions, and a column per modifier
+    "Number of positions that count, and the sum of their absolute errors, of each row"
     good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows]
     parts = [absolute_errors(p[None], store[i][0][None], g[None]) for p,i,g in zip(preds, rows, good, strict=True)]
-    n = sum(c for _,c in parts)
-    if not n:
-        raise ValueError(f'{store.path}: no position of the held-out fold counts, nowhere do both modifiers pass '
-                         f'SN_filter: hold out another fold, or train on everything with fold=-1')
-    mae = sum(t for t,_ in parts)/n
-    return dict(zip(MODS, mae.tolist())) | dict(official=float(mae.mean()), positions=n)
+    t = store.rows.iloc[rows][['sequence_id','dataset_name']]
+    t = t.assign(length=[len(p) for p in preds], positions=[n for _,n in parts])
+    for k,m in enumerate(MODS): t[m] = [float(e[k]) for e,_ in parts]
+    return t
+
+def score(
+    t:pd.DataFrame, # from `errors`, or some of its rows
+)->dict: # 2A3, DMS, official, positions
+    "The official metric, and its two halves"
+    if not (n := int(t.positions.sum())):
+        raise ValueError('no position counts, nowhere do both modifiers pass SN_filter: hold out another fold, or train '
+                         'on everything with fold=-1')
+    mae = t[list(MODS)].sum()/n
+    return mae.to_dict() | dict(official=float(mae.mean()), positions=n)
+
+def score_by(t)->dict: # data set, or length in nt → official score
+    "The official metric of each data set and each length (of 50 nt each, where there are many)"
+    length = t.length if t.length.nunique() < 13 else t.length//50*50
+    groups = dict(dataset_name=t.groupby('dataset_name'), length=t.groupby(length))
+    return {k: {str(i): score(g)['official'] for i,g in by if g.positions.sum()} for k,by in groups.items()}
 
 # %% ../nbs/04_train.ipynb #2cb47f96
-CKPT_VERSION = 3
+CKPT_VERSION = 4
 _SEAL = 64  # hex digits of a SHA-256
 
 def save(path, cfg:Cfg, **state):
@@ -404,17 +428,24 @@ def lr_at(
     "Learning rate of a step"
     if step >= total: return cfg.sgd_lr
     warm = max(1, int(cfg.warmup*total))
-    up = (step + 1)/warm
-    part = .5*(1 + math.cos(math.pi*(step - warm)/max(1, total - warm)))  # of the peak, on the way down
-    if cfg.schedule == 'cosine': return cfg.lr*(up if step < warm else part)
-    low,high = cfg.lr/25,cfg.lr*.5*(1 - math.cos(math.pi*min(up, 1)))
-    return low + (cfg.lr - low)*high/cfg.lr if step < warm else cfg.lr*max(part, 1e-4)
+    up,down = (step + 1)/warm,(step - warm)/max(1, total - warm)
+    hill = lambda part: .5*(1 + math.cos(math.pi*part))  # from 1 down to 0
+    if cfg.schedule == 'cosine': return cfg.lr*(up if step < warm else hill(down))
+    return cfg.lr*(1 - hill(up)*24/25 if step < warm else max(hill(down), 1e-4))
 
 def make_optimizer(model, cfg, sgd:bool=False):
     "AdamW, or at the end SGD; vectors (norms, biases, scales) are not decayed"
     groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == d], weight_decay=cfg.weight_decay*d)
               for d in (True, False)]
     return torch.optim.SGD(groups, lr=cfg.sgd_lr, momentum=.9) if sgd else torch.optim.AdamW(groups, lr=cfg.lr, betas=(.9, .98))
+
+def gathered(x)->Tensor: # all of a tensor of which other processes may hold parts
+    return x.full_tensor() if hasattr(x, 'full_tensor') else x
+
+def like(x:Tensor, other)->Tensor: # `x`, shared among processes as `other` is
+    if not hasattr(other, 'full_tensor'): return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, other.device_mesh, other.placements)
 
 class Average:
     "A second set of weights that follows a model's: exponentially forgetting, or (decay None) the plain mean"
@@ -426,6 +457,11 @@ class Average:
         new = model.state_dict()
         floats = [k for k,v in new.items() if v.is_floating_point()]
         torch._foreach_lerp_([self.weights[k] for k in floats], [new[k] for k in floats], part)
+    def gathered(self): return {k: gathered(v) for k,v in self.weights.items()}
+    def load(self, weights, n):
+        self.n = n
+        for k,v in self.weights.items():
+            v.copy_(like(weights[k].to(v.device), v))
 
 # %% ../nbs/04_train.ipynb #2488305d
 def world()->tuple: # rank, number of processes
@@ -436,6 +472,20 @@ def summed(x:Tensor)->Tensor:
     if dist.is_initialized(): dist.all_reduce(x)
     return x
 
+
+def parallel(cfg, model)->nn.Module: # what to call in training
+    "A model ready for several processes: each keeps all of it, or with `shard` its share"
+    if world()[1] == 1: return model
+    if not cfg.shard: return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed import fsdp  # here and below: it takes a second, and few need it
+    device = next(model.parameters()).device.type
+    mesh = dist.init_device_mesh(device, (world()[1],), mesh_dim_names=('rank',))
+    for blocks in model.children():
+        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+            fsdp.fully_shard(block, mesh=mesh)
+            if hasattr(block, 'sequence'): fsdp.register_fsdp_forward_method(block, 'sequence')
+    return fsdp.fully_shard(model, mesh=mesh)
+
 def parts_of(batch, k):
     "A batch in at most k parts, padding cut"
     for at in torch.arange(len(batch['seq'])).chunk(k):
@@ -443,25 +493,26 @@ def parts_of(batch, k):
         yield {n: v[at] if v.shape[1:2] != batch['mask'].shape[1:] else v[at,:l,:l] if n == 'bpp' else v[at,:l] for n,v in batch.items()}
 
 def train_step(net, opt, scaler, batch, cfg, dtype, parts=1):
-    "One optimizer step → (loss, gradient norm, was it taken?); `net` is the model, or DDP around it"
+    "One optimizer step → (loss of each modifier, gradient norm, was it taken?); `net` is what `parallel` returned"
     device,n = batch['seq'].device.type,world()[1]
     weight = sn_weight(batch, cfg.weight)
-    total,loss = summed((~batch['react'].isnan()*weight[:,None]).sum()),torch.zeros((), device=device)
+    total,loss = summed((~batch['react'].isnan()*weight[:,None]).sum()),torch.zeros(len(MODS), device=device)
     opt.zero_grad(set_to_none=True)
     todo = list(parts_of(batch | dict(weight=weight), parts))
     for k,part in enumerate(todo):
-        last = k + 1 == len(todo)
-        with net.no_sync() if n > 1 and not last else nullcontext():
+        wait = k + 1 < len(todo)  # other processes need only know the sum of all parts
+        if cfg.shard and n > 1: net.set_requires_gradient_sync(not wait)
+        with net.no_sync() if wait and n > 1 and not cfg.shard else nullcontext():
             with torch.autocast(device, dtype, enabled=dtype != torch.float32): pred = net(part)
             l = masked_mae(pred, part['react'], part['weight'], total)
-            scaler.scale(l*n).backward()  # DDP takes the mean over processes
+            scaler.scale(l.sum()*n).backward()  # what comes from several processes is averaged
         loss += l.detach()
     scaler.unscale_(opt)
-    norm,loss = nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad),summed(loss)
-    good = bool(norm.isfinite() & loss.isfinite())
+    norm,loss = gathered(nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad)),summed(loss)
+    good = bool(norm.isfinite() & loss.isfinite().all())
     if good: scaler.step(opt)
     if scaler.is_enabled(): scaler.update()
-    return float(loss),float(norm),good
+    return loss.tolist(),float(norm),good
 
 # %% ../nbs/04_train.ipynb #864cc73e
 @dataclass
@@ -470,42 +521,71 @@ class Progress:
     epoch:int=0
     at:int=0 # next batch of the epoch
     step:int=0
-    total:float=0. # of the loss, since the last log line
+    total:list=field(default_factory=lambda: [0.]*len(MODS)) # of the loss by modifier, since the last log line
     count:int=0 # of the steps in it
     skipped:int=0 # steps that were not finite, in all
     in_row:int=0 # and just now
     seconds:float=0.
+    logged:tuple=(0, 0.) # step and seconds of the last log line
     parts:int=1 # in which a batch is worked off, more when memory ran out
 
     def add(self, loss, good, seconds):
         self.at += 1; self.step += 1; self.seconds += seconds
-        if good: self.total += loss; self.count += 1; self.in_row = 0
+        if good: self.total = [t + l for t,l in zip(self.total, loss, strict=True)]; self.count += 1; self.in_row = 0
         else: self.skipped += 1; self.in_row += 1
 
     def line(self, lr, norm):
         "One line for the log; the sums begin anew"
-        loss,self.total,self.count = self.total/self.count if self.count else None,0.,0
-        return dict(step=self.step, epoch=self.epoch, loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None, skipped=self.skipped, seconds=round(self.seconds, 1))
+        loss = [t/self.count for t in self.total] if self.count else [None]*len(MODS)
+        speed = (self.step - self.logged[0])/max(self.seconds - self.logged[1], 1e-9)
+        self.total,self.count,self.logged = [0.]*len(MODS),0,(self.step, self.seconds)
+        return dict(step=self.step, epoch=self.epoch, loss=None if None in loss else sum(loss)) | {
+            f'loss_{m}': l for m,l in zip(MODS, loss, strict=True)} | dict(
+            lr=lr, grad_norm=norm if math.isfinite(norm) else None, skipped=self.skipped) | self.costs(speed)
+
+    def costs(self, speed=None): # what depends on the machine: two runs differ in it
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+        if torch.cuda.is_initialized(): peak = torch.cuda.max_memory_allocated()/2**20
+        return dict(seconds=round(self.seconds, 1), peak_MB=round(peak)) | (dict(steps_per_second=round(speed, 3)) if speed else {})
+
+COSTS = 'seconds','peak_MB','steps_per_second'
 
 # %% ../nbs/04_train.ipynb #65174006
 def _random(device): # state of the random numbers of this process
     return dict(cpu=torch.get_rng_state()) | (dict(cuda=torch.cuda.get_rng_state(device)) if device.type == 'cuda' else {})
 
-def _everyone(x): # list of what each process has
-    all = [x]*world()[1]
-    if dist.is_initialized(): dist.all_gather_object(all, x)
-    return all
+def _set_random(state, device):
+    torch.set_rng_state(state['cpu'])
+    if 'cuda' in state and device.type == 'cuda': torch.cuda.set_rng_state(state['cuda'], device)
+
+def _sharded(how, *args, **kw):
+    "Call a function of torch.distributed.checkpoint.state_dict on whole weights, of which each process has a share"
+    from torch.distributed.checkpoint import state_dict as dcp
+    return getattr(dcp, how)(*args, **kw, options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+def _states(cfg, model, opt, avg):
+    "Weights, optimizer and average, whole, also where each process has its share"
+    weights,state = _sharded('get_state_dict', model, opt) if cfg.shard else (model.state_dict(), opt.state_dict())
+    return dict(model=weights, opt=state, average=avg and dict(weights=avg.gathered(), n=avg.n))
+
+def _set_states(cfg, model, opt, avg, ck):
+    if cfg.shard: _sharded('set_state_dict', model, opt, model_state_dict=ck['model'], optim_state_dict=ck['opt'])
+    else: model.load_state_dict(ck['model']); opt.load_state_dict(ck['opt'])
+    if avg and ck['average']: avg.load(**ck['average'])
 
 def _save_last(out, cfg, model, opt, scaler, avg, pos):
     "Write last.pt; what was last.pt becomes prev.pt"
-    rng = _everyone(_random(next(model.parameters()).device))
+    rng = [None]*world()[1]
+    mine = _random(next(model.parameters()).device)
+    if dist.is_initialized(): dist.all_gather_object(rng, mine)
+    else: rng = [mine]
+    states = _states(cfg, model, opt, avg)
     if world()[0]: return
     with open(out/'log.jsonl', 'a') as log:
         os.fsync(log.fileno())  # the log is on disk before a checkpoint says how long it is
         log_bytes = log.tell()
     new = out/'next.pt'
-    save(new, cfg, model=model.state_dict(), opt=opt.state_dict(), scaler=scaler.state_dict(), rng=rng, pos=asdict(pos),
-         average=avg and dict(weights=avg.weights, n=avg.n), log_bytes=log_bytes)
+    save(new, cfg, **states, scaler=scaler.state_dict(), rng=rng, pos=asdict(pos), log_bytes=log_bytes)
     if (out/'last.pt').exists(): os.replace(out/'last.pt', out/'prev.pt')
     os.replace(new, out/'last.pt')
 
@@ -514,9 +594,10 @@ def check_same(out, old, new, free=()):
     if diff := [f'{k}: {old.get(k)!r} there, {v!r} here' for k,v in new.items() if old.get(k) != v and k not in free]:
         raise ValueError(f"{out} belongs to another run ({', '.join(diff)}): choose another run folder")
 
-def _load_last(out, cfg, model, scaler):
+def _load_last(trainer):
     "Go back to the newest checkpoint, if there is one; else start with an empty log → optimizer, Average, Progress"
-    log,ck,rank = out/'log.jsonl',latest(out),world()[0]
+    cfg,model,out,(rank,n) = trainer.cfg,trainer.model,trainer.out,world()
+    log,ck = out/'log.jsonl',latest(out)
     pos = Progress(**ck['pos']) if ck else Progress(parts=cfg.accumulate)
     sgd = cfg.sgd_epochs > 0 and pos.epoch >= cfg.n_epoch
     opt,avg = make_optimizer(model, cfg, sgd),Average(model) if cfg.ema or sgd else None
@@ -525,24 +606,18 @@ def _load_last(out, cfg, model, scaler):
         return opt,avg,pos
     check_same(out, asdict(ck['cfg']), asdict(cfg), _unlike)
     with fits(out/'last.pt'):
-        model.load_state_dict(ck['model']); opt.load_state_dict(ck['opt'])
-        if ck['scaler']: scaler.load_state_dict(ck['scaler'])  # empty after bf16 or fp32
-        if avg and ck['average']: avg.n = ck['average']['n']; model_to(avg.weights, ck['average']['weights'])
-        if len(ck['rng']) != world()[1] and pos.at:
-            raise ValueError(f"saved by {len(ck['rng'])} processes in the middle of an epoch, here are {world()[1]}")
-        rng = ck['rng'][min(rank, len(ck['rng'])-1)]
-        torch.set_rng_state(rng['cpu'])
-        if 'cuda' in rng and next(model.parameters()).is_cuda: torch.cuda.set_rng_state(rng['cuda'], next(model.parameters()).device)
-    if rank: return opt,avg,pos
-    if not log.exists() or log.stat().st_size < ck['log_bytes']:
-        raise ValueError(f"{log}: is shorter than when the checkpoint was saved: put the whole log back, or choose "
-                         f"another run folder")
-    os.truncate(log, ck['log_bytes'])
+        _set_states(cfg, model, opt, avg, ck)
+        if ck['scaler']: trainer.scaler.load_state_dict(ck['scaler'])  # empty after bf16 or fp32
+        if len(ck['rng']) == n: _set_random(ck['rng'][rank], trainer.device)
+        else: torch.manual_seed(hash((cfg.seed, pos.step, rank)) % 2**32)  # other processes, other dropout
+    if not rank: _cut(log, ck['log_bytes'])
     return opt,avg,pos
 
-def model_to(old, new):
-    "Copy weights over others, where those are"
-    for k,v in old.items(): v.copy_(new[k])
+def _cut(log, size):
+    if not log.exists() or log.stat().st_size < size:
+        raise ValueError(f"{log}: is shorter than when the checkpoint was saved: put the whole log back, or choose "
+                         f"another run folder")
+    os.truncate(log, size)
 
 # %% ../nbs/04_train.ipynb #f8dc9355
 PATIENCE = 50  # steps in a row that are not finite, after which a run gives up
@@ -584,19 +659,20 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.rows,self.valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
         self.length = store.rows.sequence.str.len().to_numpy()[self.rows]
-        self.opt,self.avg,self.pos = _load_last(self.out, cfg, model, self.scaler)
-        self.net = nn.parallel.DistributedDataParallel(model) if world()[1] > 1 else model
+        self.net = parallel(cfg, model)
+        self.opt,self.avg,self.pos = _load_last(self)
         self.per_epoch,self.epochs = len(self.batches(0)),cfg.n_epoch + cfg.sgd_epochs
         self.clock = self.saved = time.monotonic()
+        self.known = -1,[]  # predictions of the held-out sequences, and the step at which they were made
 
     def batches(self, epoch): return epoch_batches(self.length, self.cfg.tokens, self.cfg.seed, epoch, *world())
 
     def load(self, epoch):
         "The batches of an epoch that are left, on the device"
-        flips = random_flips(len(self.store), self.cfg.seed, epoch)
+        flips = random_flips(len(self.store), self.cfg.seed, epoch) if self.cfg.flip else None
         def get(at):
             rows = self.rows[at if len(at) else [0]]
-            batch = training_batch(self.store, rows, lambda s, flip=None: self.bpp(s, flip, self.device), flips[rows] if self.cfg.flip else None)
+            batch = training_batch(self.store, rows, lambda s, flip=None: self.bpp(s, flip, self.device), flips if flips is None else flips[rows])
             if not len(at): batch['react'].fill_(torch.nan)  # this process has no share in the batch, and keeps step
             return to_device(batch, self.device)
         return ahead(map(get, self.batches(epoch)[self.pos.at:]))
@@ -611,8 +687,8 @@ class Trainer:
             except RuntimeError as e:
                 if not out_of_memory(e) or pos.parts >= len(batch['seq']) or world()[1] > 1: raise
             pos.parts *= 2
-            torch.set_rng_state(rng['cpu'])
-            if 'cuda' in rng: torch.cuda.set_rng_state(rng['cuda'], self.device); torch.cuda.empty_cache()
+            _set_random(rng, self.device)
+            torch.cuda.empty_cache()
             click.echo(f'{self.out}: out of memory at step {pos.step}; going on with batches in {pos.parts} parts', err=True)
         if good and self.avg: self.avg.update(self.model, None if pos.epoch >= cfg.n_epoch else cfg.ema)
         before,self.clock = self.clock,time.monotonic()
@@ -635,22 +711,33 @@ class Trainer:
         "What all processes do next: whatever any of them wants"
         now = time.monotonic()
         wants = [bool(stop), now - self.saved > 60*self.cfg.save_minutes, now + self.reserve > self.deadline]
-        return [any(w) for w in zip(*_everyone(wants), strict=True)] if world()[1] > 1 else wants
+        return summed(torch.tensor(wants, dtype=torch.int32, device=self.device)).tolist() if world()[1] > 1 else wants
 
     def predictor(self)->nn.Module:
-        "The model as it would predict now: with the running average of its weights, if there is one"
-        if not self.avg: return self.model
-        model = copy.deepcopy(self.model)
-        model.load_state_dict(self.avg.weights)
+        "The model as it would predict now: whole, and with the running average of its weights, if there is one"
+        parted = self.cfg.shard and world()[1] > 1
+        if not (self.avg or parted): return self.model
+        weights = self.avg.gathered() if self.avg else _sharded('get_model_state_dict', self.model)
+        with torch.random.fork_rng(): model = build(self.cfg).to(self.device) if parted else copy.deepcopy(self.model)
+        if weights: model.load_state_dict(weights)  # the first process has them
         return model
+
+    def predictions(self)->list: # one (l m) array per held-out sequence; none in other processes than the first
+        "What the model as it is now says of the held-out sequences"
+        if self.known[0] != self.pos.step:
+            model = self.predictor()
+            self.known = self.pos.step,[] if world()[0] else predict_rows(model, self.store, self.bpp, self.valid)
+        return self.known[1]
 
     def end_epoch(self):
         "Score the held-out fold, save, and let SGD take over where its time has come"
         start,pos = time.monotonic(),self.pos
         pos.epoch += 1; pos.at = 0
-        if len(self.valid) and not pos.in_row and not world()[0]:  # a model that is not finite just now has no score
-            mae = score(predict_rows(self.predictor(), self.store, self.bpp, self.valid), self.store, self.valid)
-            self.log(dict(step=pos.step, epoch=pos.epoch, mae=mae['official'], seconds=round(pos.seconds, 1)))
+        if len(self.valid) and not pos.in_row:  # a model that is not finite just now has no score
+            preds = self.predictions()
+            if not world()[0]:
+                mae = score(errors(preds, self.store, self.valid))
+                self.log(dict(step=pos.step, epoch=pos.epoch, mae=mae['official']) | {f'mae_{m}': mae[m] for m in MODS} | pos.costs())
         if pos.epoch == self.cfg.n_epoch and self.cfg.sgd_epochs: self.opt,self.avg = make_optimizer(self.model, self.cfg, True),Average(self.model)
         self.save()
         self.clock = time.monotonic()
@@ -677,9 +764,14 @@ class Trainer:
                     if stopped: raise Stopped(f"{stop[0] if stop else 'another process'}: stopped at step {pos.step}, saved to {self.out/'last.pt'}; start the same run again to go on")
                     if late: break
                 else: self.end_epoch()
-        raw = self.model.state_dict()
-        if not world()[0]: save(self.out/'best.pt', self.cfg, **(dict(model=self.avg.weights, raw=raw) if self.avg else dict(model=raw)))
+        self.save_best()
         return not late
+
+    def save_best(self):
+        "Weights for prediction; with a running average, that is what predicts, and the raw ones are kept beside it"
+        now = _states(self.cfg, self.model, self.opt, self.avg)
+        weights = dict(model=now['average']['weights'], raw=now['model']) if self.avg else dict(model=now['model'])
+        if not world()[0]: save(self.out/'best.pt', self.cfg, **weights)
 
 def train(cfg, model, store, bpp, out, **how)->list: # the log; arguments as `Trainer`
     "Train, or go on training"
@@ -707,7 +799,7 @@ def diagnose(
         m.register_forward_hook(watch(name, 'output')); m.register_full_backward_hook(watch(name, 'gradient at the input'))
     dtype = getattr(torch, ck['dtype'])
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32): pred = model(batch)
-    if not found: masked_mae(pred, batch['react'], sn_weight(batch, ck['cfg'].weight)).backward()
+    if not found: masked_mae(pred, batch['react'], sn_weight(batch, ck['cfg'].weight)).sum().backward()
     return f'not finite: {found[0]}' if found else 'everything is finite in this replay on the CPU: try again with another seed, or fp32'
 
 # %% ../nbs/04_train.ipynb #384a3372
@@ -754,19 +846,25 @@ def check_trainable(store:Store, cfg:Cfg):
         raise ValueError(f"{store.path} has no fold {cfg.fold}, its folds are "
                          f"{sorted(store.rows.fold.unique().tolist())}; -1 trains on everything")
     good = store.rows[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy()
-    if not any(good[i] and (~np.isnan(store[i][0]).any(-1)).any() for i in valid): score([], store, valid[:0])  # says why
+    if not any(good[i] and (~np.isnan(store[i][0]).any(-1)).any() for i in valid):
+        raise ValueError(f'{store.path}: no position of fold {cfg.fold} counts, nowhere do both modifiers pass SN_filter: hold '
+                         f'out another fold, or train on everything with fold=-1')
+    if (made := store.meta.get('pseudo', {}).get('fold', cfg.fold)) != cfg.fold:
+        raise ValueError(f"{store.path}: its pseudo-labels are the predictions of models that held out fold {made}, and knew "
+                         f"fold {cfg.fold}: hold out fold {made} here as well")
 
 @contextmanager
 def alone(out):
     "Nobody else trains in this run folder meanwhile; ValueError when somebody does"
     out.mkdir(parents=True, exist_ok=True)
-    status = out/'status.json'
-    try:
-        with FileLock(out/'lock', blocking=False): yield
+    lock,status = FileLock(out/'lock', blocking=False),out/'status.json'
+    try: lock.acquire()
     except Timeout:
         by = json.loads(status.read_text()) if status.exists() else {}
         raise ValueError(f"{out}: process {by.get('pid')} on {by.get('host')} trains here already: follow it with `ribo_train "
-                         f"--watch {out}`, stop it with `kill {by.get('pid')}`, or choose another run folder") from None
+                         f"--watch {out}`, stop it with `ribo_train --stop {out}`, or choose another run folder") from None
+    try: yield
+    finally: lock.release()
 
 def train_run(
     cfg:Cfg,
@@ -774,36 +872,48 @@ def train_run(
     out=None, # run folder; default: datamount/runs/run
     bpps=None, # folder of the BPP store; default: datamount/bpp
     show=lambda log: None, # called with the log after each epoch, e.g. to draw it
-)->dict: # the metrics, also in metrics.json
+)->dict: # the metrics, also in metrics.json; empty in other processes than the first
     "One run from beginning to end, or from where it stopped to the end"
     deadline = time.monotonic() + .95*3600*cfg.time_budget if cfg.time_budget else math.inf
-    out = Path(out or datamount()/'runs'/'run')
+    out,first = Path(out or datamount()/'runs'/'run'),not world()[0]
     store,eng = Store(sample_store() if str(data) == 'simulated' else data),folding(cfg)
     cfg = replace(cfg, engine_params=eng.key['params'])
     check_trainable(store, cfg)
-    with alone(out) if not world()[0] else nullcontext():
-        if not world()[0]: record(cfg, store, out)
-        bpp = BppStore(bpps or datamount()/'bpp', eng)
-        if not world()[0]: bpp.fill(store.rows.sequence)
-        barrier()
-        bpp.files.refresh()
-        model = build(cfg).to(resolve(cfg)[0])
-        torch.manual_seed(cfg.seed + world()[0])  # each process drops something else
-        if cfg.compile: compile_blocks(model)
+    with alone(out) if first else nullcontext():
+        if first: record(cfg, store, out)
+        bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng)),_fresh(cfg)
         with tracking(cfg, out) as sink:
             trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
             finished = trainer.run()
-            if world()[0]: return {}
-            metrics = measure(cfg, trainer.predictor(), store, bpp, out) | dict(finished=finished)
-            sink({k: v for k,v in metrics.get('scores', {}).get(cfg.model, {}).items()} | dict(step=trainer.pos.step))
-        with atomic(out/'metrics.json') as p: p.write_text(json.dumps(metrics, indent=1))
+            metrics = measure(trainer) | dict(finished=finished)
+            if not first: return {}
+            with atomic(out/'metrics.json') as p: p.write_text(json.dumps(metrics, indent=1))
+            draw_run(trainer, metrics)
+            sink(metrics.get('scores', {}).get(cfg.model, {}) | dict(step=trainer.pos.step, files=sorted(map(str, out.glob('*.png')))))
     return metrics
 
-def barrier():
+def _folded(store, bpp):
+    "The BPPs of all rows, folded by one process where they are missing"
+    if not world()[0]: bpp.fill(store.rows.sequence)
     if dist.is_initialized(): dist.barrier()
+    bpp.files.refresh()
+    return bpp
+
+def _fresh(cfg):
+    "A model with its first weights, where it will be trained"
+    model = build(cfg).to(resolve(cfg)[0])
+    torch.manual_seed(cfg.seed + world()[0])  # each process drops something else
+    if cfg.compile: compile_blocks(model)
+    return model
+
+def _environment():
+    "What a run's outcome may depend on beside its configuration and its data"
+    packages = 'ribo_nb','torch','numpy','numba','pandas','pyarrow'
+    return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads()) | {p: version(p) for p in packages} | (
+        dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
 
 def record(cfg, store, out):
-    "Write cfg.json and status.json; ValueError when the folder belongs to another configuration or other data"
+    "Write cfg.json, status.json and a line of starts.jsonl; ValueError when the folder belongs to another configuration or data"
     new = dict(cfg=asdict(cfg), data=dict(path=store.path.name, **store.meta))
     check_target(out/'cfg.json')
     if (out/'cfg.json').exists() and ((out/'last.pt').exists() or (out/'prev.pt').exists()):
@@ -813,39 +923,113 @@ def record(cfg, store, out):
                              f"folder") from e
         for k in new:
             check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike)
-    length = store.rows.sequence.str.len().to_numpy()[store.rows.fold != cfg.fold]
-    steps = (cfg.n_epoch + cfg.sgd_epochs)*len(epoch_batches(length, cfg.tokens, cfg.seed))
-    status = dict(pid=os.getpid(), host=socket.gethostname(), steps=steps, sequences=len(length)*(cfg.n_epoch + cfg.sgd_epochs))
+    length,epochs = store.rows.sequence.str.len().to_numpy()[store.rows.fold != cfg.fold],cfg.n_epoch + cfg.sgd_epochs
+    status = dict(pid=os.getpid(), host=socket.gethostname(), processes=world()[1], sequences=len(length)*epochs,
+                  steps=epochs*len(epoch_batches(length, cfg.tokens, cfg.seed)))
     for name,what in (('cfg.json', new), ('status.json', status)):
         with atomic(out/name) as p: p.write_text(json.dumps(what, indent=1))
+    start = dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), **status, code=_code_version(), **_environment())
+    with open(out/'starts.jsonl', 'a') as f: f.write(json.dumps(start) + '\n')
 
-def measure(cfg, model, store, bpp, out):
+def measure(trainer)->dict: # empty in other processes than the first
     "What a run has come to: the metrics, and errors.parquet with each held-out sequence's share in them"
-    device,dtype = resolve(cfg)
-    metrics = dict(model=cfg.model, parameters=n_parameters(model), data=store.path.name, fold=cfg.fold, code=_code_version(),
-                   torch=torch.__version__, machine=f'{platform.machine()} {device} {str(dtype)[6:]}')
+    cfg,store,valid = trainer.cfg,trainer.store,trainer.valid
+    metrics = dict(model=cfg.model, parameters=n_parameters(trainer.model), data=store.path.name, fold=cfg.fold, code=_code_version(),
+                   torch=torch.__version__, machine=f'{platform.machine()} {trainer.device} {str(trainer.dtype)[6:]}')
     if cfg.fold < 0: return metrics
-    valid,rest = held_out(store, cfg.fold),np.flatnonzero(store.rows.fold != cfg.fold)
-    preds = {cfg.model: predict_rows(model, store, bpp, valid)} | baselines(store, rest, store.rows.sequence.iloc[valid].tolist(), bpp)
-    with atomic(out/'errors.parquet') as p: errors(preds[cfg.model], store, valid).to_parquet(p, index=False)
-    return metrics | dict(scores={k: score(p, store, valid) for k,p in preds.items()})
+    if preds := trainer.predictions():
+        t = errors(preds, store, valid)
+        with atomic(trainer.out/'errors.parquet') as p: t.to_parquet(p, index=False)
+        known = baselines(store, trainer.rows[store.rows.fold.to_numpy()[trainer.rows] >= 0], store.rows.sequence.iloc[valid].tolist(), trainer.bpp)
+        scores = {cfg.model: score(t)} | {k: score(errors(p, store, valid)) for k,p in known.items()}
+        return metrics | dict(scores=scores, by=score_by(t))
+    return {}
 
-def errors(preds, store, rows)->pd.DataFrame: # a row per sequence with positions that count
-    "Sum of absolute errors per modifier and number of positions, by sequence"
-    good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows]
-    parts = [absolute_errors(p[None], store[i][0][None], g[None]) for p,i,g in zip(preds, rows, good, strict=True)]
-    t = store.rows.iloc[rows][['sequence_id','dataset_name']].assign(length=[len(p) for p in preds], positions=[n for _,n in parts])
-    for k,m in enumerate(MODS): t[m] = [float(e[k]) for e,_ in parts]
-    return t[t.positions > 0]
+# %% ../nbs/04_train.ipynb #867bf39e
+def plot_log(
+    log:list, # from `read_log`
+)->plt.Figure:
+    "Training loss and, after each epoch, the official MAE of the held-out fold; learning rate beneath"
+    d = pd.DataFrame(log)
+    fig,(a,b) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=[3,1], layout='constrained')
+    if 'loss' in d:
+        t = d.dropna(subset='loss'); a.plot(t.step, t.loss, color='.6', lw=1,
+                                            label='training loss (weighted)'); b.plot(t.step, t.lr, color='.6')
+    if 'mae' in d:
+        v = d.dropna(subset='mae'); a.plot(v.step, v.mae, 'o-', ms=3, color='#c8553d',
+                                           label=f'held-out official MAE, last {v.mae.iloc[-1]:.4f}')
+    a.set(ylabel='mean absolute error'); a.legend(frameon=False); b.set(xlabel='step',
+                                                                        ylabel='learning rate'); sns.despine(fig)
+    return fig
+
+def plot_scores(
+    scores:dict, # name → `score`
+    title:str='',
+)->plt.Figure:
+    "Official MAE of a model beside its baselines"
+    d = pd.DataFrame(scores).T.sort_values('official', ascending=False)
+    fig,ax = plt.subplots(figsize=(7, 1.9), layout='constrained')
+    known = ('median per modifier','median per nucleotide','unpaired-probability lookup')
+    ax.barh(d.index, d.official, color=['.75' if i in known else '#c8553d' for i in d.index])
+    for y,v in enumerate(d.official): ax.text(v, y, f' {v:.4f}', va='center')
+    ax.set(xlabel='official MAE on the held-out fold (lower is better)', title=title,
+           xlim=(0, d.official.max()*1.12)); sns.despine(fig)
+    return fig
+
+def plot_errors(
+    by:dict, # from `score_by`
+)->plt.Figure:
+    "Official MAE of each data set and each length"
+    n = [max(1, len(v)) for v in by.values()]
+    fig,axs = plt.subplots(1, len(by), figsize=(8, .5 + .32*max(n)), layout='constrained', sharex=True, squeeze=False)
+    for ax,(what,v) in zip(axs[0], by.items(), strict=True):
+        ax.barh(list(v), list(v.values()), color='#30507a', height=.6)
+        for y,x in enumerate(v.values()): ax.text(x, y, f' {x:.3f}', va='center', fontsize=8)
+        ax.set(title=dict(dataset_name='data set', length='length (nt)').get(what, what), xlabel='official MAE'); ax.title.set_size(10)
+        ax.margins(x=.15); ax.invert_yaxis(); sns.despine(ax=ax)
+    return fig
+
+def plot_pred(
+    preds:list, # (l m) arrays
+    reacts:list, # (l m) arrays, measured
+    title:str='',
+)->plt.Figure:
+    "Predicted against measured reactivity, both modifiers, both clipped to [0,1]"
+    p,y = np.concatenate(preds),np.concatenate(reacts).clip(0, 1)
+    fig,axs = plt.subplots(1, 2, figsize=(8, 3.8), layout='constrained')
+    for m,(ax,cmap) in enumerate(zip(axs, ('Blues','Reds'), strict=True)):
+        k = ~np.isnan(y[:,m])
+        ax.hexbin(y[k,m], p[k,m], gridsize=45, extent=(0,1,0,1), bins='log', cmap=cmap, mincnt=1, lw=0)
+        ax.plot([0,1], [0,1], color='k', lw=.8, ls='--')
+        r = np.corrcoef(y[k,m], p[k,m])[0,1] if k.sum() > 2 else np.nan
+        ax.set(title=f'{MODS[m]}: r = {r:.3f}, MAE = {np.abs(y[k,m]-p[k,m]).mean():.3f}', xlabel='measured',
+               ylabel='predicted', aspect='equal')
+    fig.suptitle(title, fontsize=10); sns.despine(fig)
+    return fig
+
+# %% ../nbs/04_train.ipynb #b2451bf6
+def draw_run(trainer, metrics):
+    "The figures of a run, into its folder: loss and, with a held-out fold, scores, errors, predicted, profile"
+    store,rows,preds,out = trainer.store,trainer.valid,trainer.predictions(),trainer.out
+    figs,where = dict(loss=plot_log(read_log(out))),'SIMULATED profiles' if 'simulated' in metrics['data'] else metrics['data']
+    if preds:
+        good = np.flatnonzero(store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows].all(1))
+        best = good[np.nanargmax(store.rows.signal_to_noise_2A3.to_numpy()[rows[good]])]
+        figs |= dict(scores=plot_scores(metrics['scores'], f"{out.name}, fold {metrics['fold']} of {where}"), errors=plot_errors(metrics['by']),
+                     predicted=plot_pred([preds[k] for k in good], [store[i][0] for i in rows[good]], where),
+                     profile=plot_profile(store.rows.sequence[rows[best]], *store[rows[best]], preds[best],
+                                          f'held out, {where}: measured (bars) and predicted (line)'))
+    for name,fig in figs.items(): fig.savefig(out/f'{name}.png', dpi=120); plt.close(fig)
 
 # %% ../nbs/04_train.ipynb #72f21a63
 def _tensorboard(out, cfg):
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(out/'tensorboard')
-    writer.add_text('cfg', '```json\n' + json.dumps(asdict(cfg), indent=1) + '\n```')
+    for f in ('cfg.json','starts.jsonl'): writer.add_text(f, f'```json\n{(out/f).read_text()}\n```')
     def sink(line):
         for k,v in line.items():
             if k != 'step' and isinstance(v, (int, float)): writer.add_scalar(k, v, line['step'])
+        for f in line.get('files', ()): writer.add_image(Path(f).stem, plt.imread(f), line['step'], dataformats='HWC')
         writer.flush()
     return sink,writer.close
 
@@ -855,9 +1039,12 @@ def _neptune(out, cfg):
     run = neptune.init_run(mode=os.environ.get('NEPTUNE_MODE', 'async' if os.environ.get('NEPTUNE_API_TOKEN') else 'offline'),
                            capture_stdout=False, capture_stderr=False, capture_hardware_metrics=False, git_ref=False, source_files=[])
     run['cfg'] = asdict(cfg)
+    run['data'] = json.dumps(json.loads((out/'cfg.json').read_text())['data'])
+    run['start'] = (out/'starts.jsonl').read_text().splitlines()[-1]
     def sink(line):
         for k,v in line.items():
             if k != 'step' and isinstance(v, (int, float)): run[k].append(v, step=line['step'])
+        for f in line.get('files', ()): run[f'figures/{Path(f).stem}'].upload(f)
     return sink,run.stop
 
 @contextmanager
@@ -931,55 +1118,6 @@ def plot_runs(logs):
     axs[0].set(xlabel='step', ylabel='held-out official MAE'); axs[1].set(xlabel='minutes'); axs[1].legend(frameon=False); sns.despine(fig)
     return fig
 
-# %% ../nbs/04_train.ipynb #867bf39e
-def plot_log(
-    log:list, # from `read_log`
-)->plt.Figure:
-    "Training loss and, after each epoch, the official MAE of the held-out fold; learning rate beneath"
-    d = pd.DataFrame(log)
-    fig,(a,b) = plt.subplots(2, 1, figsize=(7, 4), sharex=True, height_ratios=[3,1], layout='constrained')
-    if 'loss' in d:
-        t = d.dropna(subset='loss'); a.plot(t.step, t.loss, color='.6', lw=1,
-                                            label='training loss (weighted)'); b.plot(t.step, t.lr, color='.6')
-    if 'mae' in d:
-        v = d.dropna(subset='mae'); a.plot(v.step, v.mae, 'o-', ms=3, color='#c8553d',
-                                           label=f'held-out official MAE, last {v.mae.iloc[-1]:.4f}')
-    a.set(ylabel='mean absolute error'); a.legend(frameon=False); b.set(xlabel='step',
-                                                                        ylabel='learning rate'); sns.despine(fig)
-    return fig
-
-def plot_scores(
-    scores:dict, # from `final_scores`
-    title:str='',
-)->plt.Figure:
-    "Official MAE of a model beside its baselines"
-    d = pd.DataFrame(scores).T.sort_values('official', ascending=False)
-    fig,ax = plt.subplots(figsize=(7, 1.9), layout='constrained')
-    known = ('median per modifier','median per nucleotide','unpaired-probability lookup')
-    ax.barh(d.index, d.official, color=['.75' if i in known else '#c8553d' for i in d.index])
-    for y,v in enumerate(d.official): ax.text(v, y, f' {v:.4f}', va='center')
-    ax.set(xlabel='official MAE on the held-out fold (lower is better)', title=title,
-           xlim=(0, d.official.max()*1.12)); sns.despine(fig)
-    return fig
-
-def plot_pred(
-    preds:list, # (l m) arrays
-    reacts:list, # (l m) arrays, measured
-    title:str='',
-)->plt.Figure:
-    "Predicted against measured reactivity, both modifiers, both clipped to [0,1]"
-    p,y = np.concatenate(preds),np.concatenate(reacts).clip(0, 1)
-    fig,axs = plt.subplots(1, 2, figsize=(8, 3.8), layout='constrained')
-    for m,(ax,cmap) in enumerate(zip(axs, ('Blues','Reds'), strict=True)):
-        k = ~np.isnan(y[:,m])
-        ax.hexbin(y[k,m], p[k,m], gridsize=45, extent=(0,1,0,1), bins='log', cmap=cmap, mincnt=1, lw=0)
-        ax.plot([0,1], [0,1], color='k', lw=.8, ls='--')
-        r = np.corrcoef(y[k,m], p[k,m])[0,1] if k.sum() > 2 else np.nan
-        ax.set(title=f'{MODS[m]}: r = {r:.3f}, MAE = {np.abs(y[k,m]-p[k,m]).mean():.3f}', xlabel='measured',
-               ylabel='predicted', aspect='equal')
-    fig.suptitle(title, fontsize=10); sns.despine(fig)
-    return fig
-
 # %% ../nbs/04_train.ipynb #4197d904
 def watch(out)->str: # text of a few lines
     "How far a run is, how fast, how long still, and how its loss went"
@@ -1019,11 +1157,11 @@ def ribo_train(name, data, out, overrides, bpps, all_folds, seen, ended, snapsho
     if ended: click.echo(ask_to_stop(ended)); return
     if not name: raise click.UsageError('Give CFG, or --watch, --stop or --diagnose.')
     out = out or datamount()/'runs'/name
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
     cfg,runs = make_cfg(name, overrides),[]
+    join_others(cfg)
     if all_folds:
         store = Store(sample_store() if data == 'simulated' else data)
-        runs = [(replace(cfg, fold=f), out/f'fold{f}') for f in sorted(store.rows.fold.unique().tolist())]
+        runs = [(replace(cfg, fold=f), out/f'fold{f}') for f in sorted(store.rows.fold.unique().tolist()) if f >= 0]
     try:
         for cfg,out in runs or [(cfg, out)]: report(out, train_run(cfg, data, out, bpps))
     except Stopped as e:
@@ -1032,16 +1170,27 @@ def ribo_train(name, data, out, overrides, bpps, all_folds, seen, ended, snapsho
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
+def join_others(cfg):
+    "Under torchrun: become one of several processes, with a GPU of its own"
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1: return
+    gpu = resolve(cfg)[0].type == 'cuda'
+    if gpu: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    dist.init_process_group('nccl' if gpu else 'gloo')
+
 def report(out, metrics):
     if not metrics: return  # of a rank that is not the first
     click.echo(f"{out}: {metrics['model']}, {metrics['parameters']:,} parameters" + '; time was up before the end: start it again to go on'*(not metrics['finished']))
     if 'scores' in metrics: click.echo(pd.DataFrame(metrics['scores']).T.round(4).to_string())
 
+def trains(out)->bool: # does anybody train in this run folder?
+    try:
+        with FileLock(Path(out)/'lock', blocking=False): return False
+    except Timeout: return True
+
 def ask_to_stop(out)->str: # what was done
     "SIGTERM to the process that trains in a run folder, if one does"
-    try:
-        with FileLock(Path(out)/'lock', blocking=False): return f'{out}: nothing trains here'
-    except Timeout: by = json.loads((Path(out)/'status.json').read_text())
+    if not trains(out): return f'{out}: nothing trains here'
+    by = json.loads((Path(out)/'status.json').read_text())
     if by['host'] != socket.gethostname(): return f"{out}: trains on {by['host']}; there: kill {by['pid']}"
     os.kill(by['pid'], signal.SIGTERM)
     return f"{out}: process {by['pid']} saves after its step and stops; start the same run again to go on"
@@ -1053,6 +1202,36 @@ def follow(out, every=5.):
         click.echo(('\033[2J\033[H' if sys.stdout.isatty() else '') + text)
         if not sys.stdout.isatty() or 'finished' in text.splitlines()[0]: return
         time.sleep(every)
+
+# %% ../nbs/04_train.ipynb #7a06fe41
+def launch(
+    cfg:Cfg,
+    processes:int, # on this machine, one per GPU
+    data='simulated', # the rest as for `train_run`
+    out=None,
+    bpps=None,
+    show=lambda log: None,
+)->dict: # the metrics
+    "`train_run` in several processes that outlive this one; RuntimeError, with its last words, when torchrun fails"
+    out,seen,p = Path(out or datamount()/'runs'/'run'),0,None
+    if not trains(out):
+        with atomic(out/'launch.json') as f: f.write_text(json.dumps(dict(cfg=asdict(cfg))))
+        argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'ribo_nb.train',
+                out/'launch.json', '--data', data, '--out', out, *(['--bpp', bpps] if bpps else [])]
+        with open(out/'torchrun.log', 'wb') as f:
+            p = subprocess.Popen([*map(str, argv)], stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True)
+    while p.poll() is None if p else trains(out):
+        try: time.sleep(1)
+        except KeyboardInterrupt: click.echo(ask_to_stop(out), err=True)
+        log = read_log(out) if (out/'log.jsonl').exists() else []
+        if (n := sum('mae' in l for l in log)) > seen: seen = n; show(log)
+    if p and p.returncode: raise RuntimeError(f"{out/'torchrun.log'}: torchrun ended with {p.returncode}: {_reason(out/'torchrun.log')}")
+    return json.loads((out/'metrics.json').read_text())
+
+def _reason(log):
+    "The lines of a log that say why it ended"
+    lines = Path(log).read_text(errors='replace').replace('\r', '\n').splitlines()
+    return '\n'.join(([l for l in lines if 'Error' in l or 'start the same run again' in l] or lines[-5:])[:3])
 
 # %% ../nbs/04_train.ipynb #9237e735
 if __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', '') == 'ribo_nb.train': ribo_train()  # torchrun -m ribo_nb.train

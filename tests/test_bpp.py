@@ -1,9 +1,9 @@
 "Folding: engines against references and failures; the store under kills, rivals, full disks and damage."
-import json,os,random,resource,signal,stat,subprocess,sys,time
+import json,os,random,signal,subprocess,sys,time
 import joblib,numpy as np,pandas as pd,pytest
-from helpers import BIN,REAL,call,env,invoke,start
+from helpers import REAL,call,env,invoke,start
 from ribo_nb.bpp import *
-from ribo_nb.data import Store,simulate
+from ribo_nb.data import simulate
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f'{REAL} is not here')
 PARAMS = REAL.parent/'reference'/'EternaFoldParams.v1'

@@ -2,7 +2,7 @@
 import csv,signal,time
 import numpy as np,pandas as pd,pytest
 from helpers import REAL,invoke,start
-from ribo_nb.bpp import BppStore,engine
+from ribo_nb.bpp import engine
 from ribo_nb import data
 from ribo_nb.data import MODS,Store,epoch_batches,simulate,training_batch,write_store
 

@@ -12,7 +12,6 @@ def test_every_script_has_help():
 
 def test_check_passes_and_notices(tmp_path):
     "`make check` accepts this tree, and refuses a back-edge and a lost tag"
-    copy = tmp_path/'x'
     subprocess.run(['cp', '-r', *(str(ROOT/p) for p in ('nbs','ribo_nb','settings.ini','.ci')), str(tmp_path)], check=True)
     def check(): return subprocess.run([str(tmp_path/'.ci'/'check')], cwd=tmp_path, env=env(), capture_output=True, text=True)
     r = check()
