@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['scan', 'decay', 'ssd_dense', 'ssd_chunked', 'ssd_official', 'ssd', 'BiMixer', 'OuterProduct', 'plain_outer', 'Turn',
-           'lean', 'Triangle', 'plain_triangle', 'sight', 'PairAttention', 'plain_attention', 'wide', 'SequenceTrack',
-           'PairLayer', 'plain_layer', 'RelativePosition', 'tokens', 'RibonanzaNet', 'published', 'load_official',
-           'MultiScale', 'FusedMixer', 'FusedLayer', 'RibonanzaMamba']
+           'lean', 'portions', 'joined', 'Triangle', 'plain_triangle', 'sight', 'PairAttention', 'plain_attention',
+           'wide', 'SequenceTrack', 'PairLayer', 'plain_layer', 'RelativePosition', 'tokens', 'RibonanzaNet',
+           'published', 'load_official', 'MultiScale', 'FusedMixer', 'FusedLayer', 'RibonanzaMamba']
 
 # %% ../nbs/03_mamba.ipynb #2f6447af
 import torch,torch.nn.functional as F
@@ -173,6 +173,13 @@ def lean(f, *args):
     if not torch.is_grad_enabled(): return f(*args)
     return recompute(f, *args, use_reentrant=False, preserve_rng_state=False)
 
+def portions(n, size, most=1<<26):
+    "Slices of `n` rows, each with `size` numbers in memory: all at once in training, `most` numbers at a time in inference"
+    k = n if torch.is_grad_enabled() else max(1, most//size)
+    return [slice(a, a+k) for a in range(0, n, k)]
+
+def joined(parts): return parts[0] if len(parts) == 1 else torch.cat(parts)
+
 # %% ../nbs/03_mamba.ipynb #47ec7873
 class Triangle(nn.Module):
     "What all third nucleotides say about a pair: z (b i j p), pair (b i j) or None for 1 → (b i j p)"
@@ -187,9 +194,10 @@ class Triangle(nn.Module):
     def forward(self, z, pair):
         x = rearrange(self.norm(z), 'b i j p -> (b i j) p')
         parts = self.left_proj,self.right_proj,self.left_gate,self.right_gate
-        W,bias = torch.cat([m.weight for m in parts]),torch.cat([m.bias for m in parts])
-        t = lean(self.meet, torch.addmm(bias[:,None], W, x.T).view(-1, *z.shape[:3]), pair)
-        return lean(self.tell, Turn.apply(t), x).view(z.shape)
+        W,bias = torch.stack([m.weight for m in parts]),torch.stack([m.bias for m in parts])  # 4 p p, 4 p
+        sides = lambda c: torch.addmm(bias[:,c].flatten()[:,None], W[:,c].flatten(0, 1), x.T).view(-1, *z.shape[:3])
+        t = Turn.apply(joined([lean(self.meet, sides(c), pair) for c in portions(z.shape[-1], 8*len(x))]))
+        return joined([lean(self.tell, t[r], x[r]) for r in portions(len(t), 4*z.shape[-1])]).view(z.shape)
 
     def meet(self, sides, pair):
         sides = F.glu(sides, 0)  # both, 2p b i j
@@ -310,7 +318,8 @@ class PairLayer(SequenceTrack):
             z = z + self.outer_product_mean(x.float())
             z = z + self.drop_along(1, self.triangle_update_out(z, pair))
             z = z + self.drop_along(1 if self.quirks else 2, self.triangle_update_in(z, pair))
-            return x,z + lean(self.pair_transition, z)
+            flat,p = z.flatten(0, 2),z.shape[-1]
+            return x,z + joined([lean(self.pair_transition, flat[r]) for r in portions(len(flat), 8*p)]).view(z.shape)
 
     def drop_along(self, axis, y):
         "Dropout of y (b i j p) that is the same all along `axis`"
