@@ -30,7 +30,9 @@ class Ensemble(nn.Module):
 class Spread(nn.Module):
     "Mean of an ensemble and, behind it, the standard deviation of its members; batch → (b l 2m)"
     def __init__(self, ensemble): super().__init__(); self.ensemble = ensemble
-    def forward(self, batch): return torch.cat([*(each := self.ensemble.each(batch)).mean(0, keepdim=True), *each.std(0, keepdim=True)], -1)
+    def forward(self, batch):
+        each = self.ensemble.each(batch)
+        return torch.cat([each.mean(0), each.std(0)], -1)
 
 def load(
     what, # run folder, checkpoint file, or a list of them

@@ -1086,7 +1086,7 @@ def bootstrap(
     n:int=1000, # samples
 )->np.ndarray: # n official scores
     "The official score of resampled sequences"
-    a = t[[*MODS, 'positions']].to_numpy()
+    a = t.loc[t.positions > 0, [*MODS, 'positions']].to_numpy()
     total = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1/len(a)), n) @ a
     return (total[:,:-1]/total[:,-1:]).mean(1)
 
