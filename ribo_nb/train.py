@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
-           'COSTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args', 'Cfg',
-           'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
+           'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args',
+           'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
            'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows',
            'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at',
            'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed', 'parallel', 'parts_of', 'train_step',
@@ -620,6 +620,7 @@ def _cut(log, size):
     os.truncate(log, size)
 
 # %% ../nbs/04_train.ipynb #f8dc9355
+OUTPUTS = 4.  # seconds that a run with a time budget keeps for baselines and figures
 PATIENCE = 50  # steps in a row that are not finite, after which a run gives up
 STOPPED = 75  # exit code of a run that was asked to stop: "try again later" in sysexits.h
 
@@ -654,7 +655,7 @@ class Trainer:
         log_every:int=20, # steps
     ):
         self.cfg,self.model,self.store,self.bpp,self.out = cfg,model,store,bpp,Path(out)
-        self.deadline,self.tell,self.log_every,self.reserve = deadline,tell,log_every,0.
+        self.deadline,self.tell,self.log_every,self.reserve = deadline,tell,log_every,OUTPUTS
         self.device,self.dtype = resolve(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.rows,self.valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
@@ -741,7 +742,7 @@ class Trainer:
         if pos.epoch == self.cfg.n_epoch and self.cfg.sgd_epochs: self.opt,self.avg = make_optimizer(self.model, self.cfg, True),Average(self.model)
         self.save()
         self.clock = time.monotonic()
-        self.reserve = 2*(self.clock - start)
+        self.reserve = OUTPUTS + 2*(self.clock - start)
 
     def give_up(self, batch):
         path = self.out/'snapshot.pt'

@@ -116,7 +116,7 @@ def test_time_budget_stops_in_time_and_goes_on(mount, tmp_path):
     o = TINY[:-1] + ', "n_epoch": 4000, "time_budget": 0.002}'
     t = time.monotonic()
     r = invoke(*run(mount, tmp_path, overrides=o))
-    assert r.exit_code == 0 and 'start it again to go on' in r.output and time.monotonic() - t < 7.2 + 30  # evaluation and figures, on a busy machine
+    assert r.exit_code == 0 and 'start it again to go on' in r.output and time.monotonic() - t < 7.2 + 3
     assert (tmp_path/'best.pt').exists() and not json.loads((tmp_path/'metrics.json').read_text())['finished']
     step = json.loads((tmp_path/'log.jsonl').read_text().splitlines()[-1])['step']
     r = invoke(*run(mount, tmp_path, overrides=o))
