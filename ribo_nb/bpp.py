@@ -961,8 +961,9 @@ def plot_arcs(
     bpp, # (l l)
     react=None, # (l m), drawn beneath as bars
     sequence:str='',
+    title:str='',
 )->plt.Figure:
-    "Arc plot: pairs above the sequence, darker when more likely; reactivity below"
+    "Arc plot: pairs above the sequence, darker when more likely; nucleotides coloured by 2A3 reactivity, both modifiers below"
     n,bpp = len(bpp),np.asarray(bpp)
     fig,axs = plt.subplots(1 + 2*(react is not None), 1, figsize=(max(6, n*.085), 2.4 + 1.6*(react is not None)), sharex=True,
                            height_ratios=[3] + [1, 1]*(react is not None), layout='constrained', squeeze=False)
@@ -972,6 +973,11 @@ def plot_arcs(
         ax.add_patch(Arc(((i+j)/2+1, 0), j-i, j-i, theta1=0, theta2=180, color='#30507a', alpha=float(bpp[i,j]),
                          lw=1.3))
     ax.set(xlim=(.3, n+.7), ylim=(0, max(4, (pairs[:,1]-pairs[:,0]).max(initial=4)/2*1.05))); ax.axis('off')
+    ax.set_title(title, fontsize=10)
+    if react is not None:
+        color = np.ma.masked_invalid(np.asarray(react, float)[:,0])
+        ax.scatter(np.arange(1, n+1), np.zeros(n), c=color, cmap=plt.get_cmap('YlOrRd').with_extremes(bad='.9'), vmin=0, vmax=1, s=14, ec='.5', lw=.3,
+                   clip_on=False, zorder=3, plotnonfinite=True)
     for m,b in enumerate(below):
         b.bar(np.arange(1, n+1), np.nan_to_num(react[:,m]).clip(0, 1.5), width=.9,
               color=COLORS[MODS[m]]); b.set(ylim=(0, 1.5), ylabel=MODS[m]); b.tick_params(axis='x', length=0)
@@ -988,6 +994,7 @@ def clean_sequences(
     path, # named in errors
     what:str='row', # and what its parts are called
     names=None, # and what this one is called
+    first:int=0, # how many came before, in the file
 )->list: # the same in upper case with U for T
     "Raise ValueError, with file and row, for the first that is not an RNA"
     out = []
@@ -996,7 +1003,7 @@ def clean_sequences(
             if not isinstance(s, str) or not s: raise ValueError('there is no sequence: fill it in or remove it')
             out.append(decode(encode(s)))
         except ValueError as e:
-            raise ValueError(f"{path}, {what} {k+1}{f' ({names[k]})' if names is not None else ''}: {e}") from e
+            raise ValueError(f"{path}, {what} {first+k+1}{f' ({names[k]})' if names is not None else ''}: {e}") from e
     return out
 
 def read_sequences(

@@ -312,7 +312,7 @@ def read_table(
     return df
 
 def numbers(
-    df:pd.DataFrame,
+    df:pd.DataFrame, # its index counts the file's rows from 0
     columns, # that have to be numbers
     path, # named in errors
     whole:bool=False, # and whole ones
@@ -323,7 +323,7 @@ def numbers(
         x = pd.to_numeric(df[c], errors='coerce').astype(float)
         bad = ~np.isfinite(x) | (x != x.round()) if whole else np.isinf(x) | (x.isna() & df[c].notna())
         if bad.any():
-            raise ValueError(f"{path}, row {int(bad.to_numpy().argmax())+1}: {c} is {df[c][bad].iloc[0]!r}, expected a "
+            raise ValueError(f"{path}, row {bad.idxmax()+1}: {c} is {df[c][bad].iloc[0]!r}, expected a "
                              f"{'whole ' if whole else ''}number")
         out[c] = x.astype(np.int64) if whole else x
     return out
@@ -1209,7 +1209,7 @@ def write_holdout(
                          f"{sorted(store.rows.fold.unique().tolist())}")
     end = t.sequence.str.len().cumsum().to_numpy()
     test = pd.DataFrame(dict(id_min=np.r_[0, end[:-1]], id_max=end-1, sequence_id=t.sequence_id.to_numpy(),
-                             sequence=t.sequence.to_numpy(), future=0))
+                             sequence=t.sequence.to_numpy(), future=0, dataset_name=t.dataset_name.to_numpy()))
     react = np.concatenate([store[i][0] for i in rows])
     good = np.repeat(t[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy(), t.sequence.str.len())
     solution = pd.DataFrame(dict(id=np.arange(end[-1]), reactivity_DMS_MaP=react[:,1].clip(0, 1),

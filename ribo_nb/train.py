@@ -6,14 +6,14 @@
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
            'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args',
            'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
-           'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows',
-           'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at',
-           'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed', 'parallel', 'parts_of', 'train_step',
-           'Progress', 'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'Trainer', 'train', 'read_log',
-           'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone', 'train_run', 'record', 'measure',
-           'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap',
-           'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow',
-           'launch']
+           'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device',
+           'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits',
+           'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed',
+           'parallel', 'parts_of', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable', 'out_of_memory',
+           'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone',
+           'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run',
+           'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others',
+           'report', 'trains', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
@@ -250,23 +250,28 @@ def _describe(sequences, bpp):
     p = np.concatenate([1 - bpp([s])[0].sum(-1).numpy() for s in sequences])
     return nt,np.searchsorted(_levels, p) - 1
 
-def baselines(
+def thin(rows, most:int=20_000): # at most so many, evenly spread
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows)-1, most).astype(int)]
+
+def _keys(nt, level): return {'median per modifier': 0*nt, 'median per nucleotide': nt, 'unpaired-probability lookup': nt*len(_levels) + level}
+
+def fit_baselines(
     store:Store,
     rows:np.ndarray, # row numbers to fit on
-    sequences:list, # RNAs to predict
-    bpp:BppStore, # holds the BPPs of both
-)->dict: # name → list of predictions (l m), one per sequence
-    "Predictions of three lookup tables: per modifier, per nucleotide, per nucleotide and level of p(unpaired)"
+    bpp:BppStore, # holds their BPPs
+)->tuple: # name → medians by key; medians of all
+    "Three lookup tables: per modifier, per nucleotide, per nucleotide and level of p(unpaired)"
     good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()
-    react = pd.DataFrame(np.concatenate([np.where(good[i], store[i][0], np.nan) for i in rows]).clip(0, 1),
-                         columns=MODS)
-    (nt,level),(nt2,level2) = _describe(store.rows.sequence.iloc[rows], bpp),_describe(sequences, bpp)
-    cut,out = np.cumsum([len(s) for s in sequences])[:-1],{}
-    for name,key,key2 in (('median per modifier', 0*nt, 0*nt2), ('median per nucleotide', nt, nt2),
-                          ('unpaired-probability lookup', nt*len(_levels) + level, nt2*len(_levels) + level2)):
-        known = react.groupby(key).median().reindex(key2).fillna(react.median())
-        out[name] = np.split(known.to_numpy(), cut)
-    return out
+    react = pd.DataFrame(np.concatenate([np.where(good[i], store[i][0], np.nan) for i in rows]).clip(0, 1), columns=MODS)
+    return {k: react.groupby(key).median() for k,key in _keys(*_describe(store.rows.sequence.iloc[rows], bpp)).items()},react.median()
+
+def look_up(fitted, sequences:list, bpp)->dict: # name → list of predictions (l m), one per sequence
+    "What fitted tables predict"
+    cut,(tables,median) = np.cumsum([len(s) for s in sequences])[:-1],fitted
+    return {k: np.split(tables[k].reindex(key).fillna(median).to_numpy(), cut) for k,key in _keys(*_describe(sequences, bpp)).items()}
+
+def baselines(store, rows, sequences, bpp)->dict: # arguments as above
+    return look_up(fit_baselines(store, thin(rows), bpp), sequences, bpp)
 
 # %% ../nbs/04_train.ipynb #75df9739
 def sn_weight(
@@ -315,6 +320,7 @@ def predict_sequences(
     sequences:list, # RNA strings
     bpp:BppStore, # holds the BPPs of all
     batch_size:int=32,
+    tick=lambda n: None, # called after each batch with the number of its sequences
 )->list: # predictions clipped to [0,1], float32 (l m), in the order given
     "Predict, long RNAs first so that memory trouble shows at once; ValueError when a prediction is not finite"
     model.eval()
@@ -326,6 +332,7 @@ def predict_sequences(
             out[i] = pred[k, :length[i]]
             if not np.isfinite(out[i]).all():
                 raise ValueError(f"the prediction for {sequences[i][:30]}… is not finite: the model has diverged")
+        tick(len(at))
     return out
 
 def predict_rows(model, store:Store, bpp, rows)->list:
@@ -412,11 +419,14 @@ def latest(out)->dict|None: # a checkpoint; None when there is none yet
         return ck
     if damaged: raise damaged[0]
 
-def load_model(path)->tuple: # model with its weights, Cfg
+def load_model(
+    path,
+    raw:bool=False, # the last weights instead of their running average, where a run kept both
+)->tuple: # model with its weights, Cfg
     "The model of a checkpoint, from its own configuration"
     ck = load_checkpoint(path)
     model = build(ck['cfg'])
-    with fits(path): model.load_state_dict(ck['model'])
+    with fits(path): model.load_state_dict(ck['raw'] if raw and 'raw' in ck else ck['model'])
     return model,ck['cfg']
 
 # %% ../nbs/04_train.ipynb #d557ad8c
