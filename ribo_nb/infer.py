@@ -499,12 +499,12 @@ def set_figures(table, measured):
         yield 'predicted',plot_pred([preds[k] for k in known], reacts, f'{len(known)} of {len(table)} RNAs have been measured')
         yield 'errors',plot_errors(error_by([table.sequence[k] for k in known], [preds[k] for k in known], reacts))
 
-def error_by(sequences, preds, reacts)->dict: # nucleotide, context → name → MAE over both modifiers
+def error_by(sequences, preds, reacts)->dict: # nucleotide, structural context → name → MAE over both modifiers
     "Where predictions are wrong: by nucleotide and by structural context (of ViennaRNA's mfe)"
     wrong = np.abs(np.concatenate(preds) - np.concatenate(reacts).clip(0, 1)).mean(1)
     nt = np.array(list(''.join(sequences)))
     ctx = np.array(CONTEXTS)[np.concatenate([contexts(dot_bracket(s)) for s in sequences])]
-    return {k: pd.Series(wrong).groupby(g).mean().dropna().to_dict() for k,g in (('nucleotide', nt), ('context', ctx))}
+    return {k: pd.Series(wrong).groupby(g).mean().dropna().to_dict() for k,g in (('nucleotide', nt), ('structural context', ctx))}
 
 def mutate_and_map(model, sequence, title='')->plt.Figure:
     "Predicted change of reactivity with each single mutation: stripes across the diagonal are helices that the model believes in"

@@ -55,7 +55,8 @@ def test_killed_thirty_times_equals_uninterrupted(mount, tmp_path, fork, model):
 
 def _step(out):
     "Time of the newest checkpoint"
-    return (out/'last.pt').stat().st_mtime_ns if (out/'last.pt').exists() else 0
+    try: return (out/'last.pt').stat().st_mtime_ns
+    except FileNotFoundError: return 0  # none yet, or between prev.pt and last.pt
 
 def until(p, out, before=0):
     while p.poll() is None and _step(out) <= before: time.sleep(.02)
