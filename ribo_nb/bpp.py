@@ -825,14 +825,14 @@ def _pieces(eng, sequences, stored, seconds=2., most=256):
     if piece: yield piece
 
 # %% ../nbs/01_bpp.ipynb #09469435
-def _fold_all(store, todo, n_jobs, limit):
+def _fold_all(store, todo, n_jobs, limit, quiet):
     "Fold `todo` in parallel, storing what has come back every few seconds, and whatever happens at the end"
     store.eng.prepare()
     stored,done,last = set(),[],time.monotonic()
     jobs = joblib.Parallel(n_jobs, prefer='threads', return_as='generator_unordered', batch_size=1, pre_dispatch='2*n_jobs')
     tasks = (joblib.delayed(fold_some)(store.eng, p, store.threshold, limit) for p in _pieces(store.eng, todo, stored))
     try:
-        with warnings.catch_warnings(),progress(desc=f'fold with {store.eng.name}', total=len(todo), unit='seq') as bar:
+        with warnings.catch_warnings(),progress(desc=f'fold with {store.eng.name}', total=len(todo), unit='seq', quiet=quiet) as bar:
             warnings.simplefilter('ignore', DeprecationWarning)  # fork beside threads: the child uses none of them
             for some,got in jobs(tasks):
                 done += zip(some, got, strict=True)
@@ -902,12 +902,13 @@ class BppStore:
         sequences, # RNA strings
         n_jobs:int=-1, # processes, or workers of the joblib backend in force; -1: all
         limit:float|None=None, # seconds per sequence
+        quiet:bool=False, # without a progress bar
     )->int: # how many had to be folded
         "Fold what the store does not have; ValueError at the end if some could not be folded"
         self.files.refresh()
         todo,self.failed = sorted(self.missing(sequences), key=len, reverse=True),{}
         if not todo: return 0
-        _fold_all(self, todo, n_jobs, limit)
+        _fold_all(self, todo, n_jobs, limit, quiet)
         if self.failed:
             s,why = next(iter(self.failed.items()))
             raise ValueError(f'{len(self.failed)} of {len(todo)} sequences have no BPP, the others are stored. '

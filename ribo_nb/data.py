@@ -104,12 +104,14 @@ def progress(
     unit:str='it', # name of one item; B is for bytes
     initial:int=0, # items done before
     interactive:bool|None=None, # is somebody watching? by default: a terminal or a live notebook
+    quiet:bool=False, # no bar, because an outer one shows how it goes
 )->tqdm:
     "A progress bar fit for a terminal, a notebook and a log file"
     if interactive is None:
         interactive = sys.stderr.isatty() or ('ipykernel' in sys.modules and 'JPY_SESSION_NAME' in os.environ)
     kw = dict(mininterval=.3) if interactive else dict(mininterval=30, maxinterval=60, file=_Lines(sys.stderr),
                                                        ascii=True, ncols=100)
+    if quiet: kw['disable'] = True
     return tqdm(it, desc=desc, total=total, unit=unit, initial=initial, dynamic_ncols=interactive,
                 unit_scale=unit == 'B', **kw)
 

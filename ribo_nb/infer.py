@@ -360,7 +360,7 @@ def _folded_blocks(job, todo, seqs, bpps, eng):
     shared = BppStore(bpps, eng) if bpps else None
     for k in todo:
         bpp = shared if bpps else BppStore(None, eng)
-        bpp.fill(seqs.take(*job.cut[k:k+2]).sequence)
+        bpp.fill(seqs.take(*job.cut[k:k+2]).sequence, quiet=True)
         yield k,bpp
 
 def run_job(
@@ -571,7 +571,7 @@ def write_pseudo(
         with pq.ParquetWriter(tmp, schema, compression='zstd', write_page_checksum=True) as w:
             for b in old.iter_batches(4096): w.write_table(pa.Table.from_batches([b]).replace_schema_metadata(schema.metadata))
             for k in progress(range(0, len(new), block), 'pseudo-labels', unit='block'):
-                bpp.fill(part := new[k:k+block])
+                bpp.fill(part := new[k:k+block], quiet=True)
                 preds = predict_sequences(Spread(model), part, bpp)
                 w.write_table(_pseudo_rows(part, preds, schema, int(store.rows.cluster.max())+1+k))
     return len(new)
