@@ -7,10 +7,11 @@ __all__ = ['ENSEMBLE_VERSION', 'LONGEST', 'SUBMISSION', 'turned', 'Ensemble', 'S
            'interval', 'check_length', 'predict', 'add_structures', 'Sequences', 'read_sequences_file', 'Job',
            'predict_block', 'run_job', 'table_writer', 'by_position', 'join', 'write_rdat', 'read_rdat',
            'measured_profiles', 'rna_figures', 'set_figures', 'error_by', 'mutate_and_map', 'all_figures',
-           'write_figures', 'check_teachers', 'write_pseudo', 'infer_file', 'job_of', 'draw_file', 'ribo_infer']
+           'write_figures', 'check_teachers', 'write_pseudo', 'infer_file', 'job_of', 'draw_file', 'infer_together',
+           'ribo_infer']
 
-# %% ../nbs/05_infer.ipynb #dd2b9b74
-import gzip,itertools,json,os,re,shutil,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,torch
+# %% ../nbs/05_infer.ipynb #8f696e83
+import gzip,itertools,json,os,re,shutil,subprocess,sys,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,torch
 import matplotlib.pyplot as plt
 from contextlib import contextmanager
 from dataclasses import replace
@@ -633,6 +634,12 @@ def _shard(ctx, param, value):
     if not (m := re.fullmatch(r'(\d+)/(\d+)', value)) or not 1 <= int(m[1]) <= int(m[2]): raise click.BadParameter(f'{value!r}, expected k/n with k from 1 to n, e.g. 2/4')
     return int(m[1])-1,int(m[2])
 
+def infer_together(processes, ckpts, source, out, bpps=None):
+    "`ribo_infer` in several processes of this machine, one per GPU; RuntimeError when torchrun fails"
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'ribo_nb.infer', str(source), '--out', str(out),
+                        *(str(a) for c in ckpts for a in ('--ckpt', c)), *(['--bpp', str(bpps)] if bpps else [])], stdin=subprocess.DEVNULL)
+    if r.returncode: raise RuntimeError(f"torchrun ended with {r.returncode}: its messages are above")
+
 @command()
 @click.argument('sequences', type=click.Path(path_type=Path))
 @click.option('--ckpt', required=True, multiple=True, type=click.Path(path_type=Path), help='Run folder, checkpoint, or ensemble file of ribo_score --fit; several make an ensemble.')
@@ -669,3 +676,6 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
     except Stopped as e:
         click.echo(str(e), err=True)
         raise SystemExit(STOPPED) from e
+
+# %% ../nbs/05_infer.ipynb #b92e71db
+if __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', '') == 'ribo_nb.infer': ribo_infer()  # torchrun -m ribo_nb.infer

@@ -199,7 +199,7 @@ def out_of_fold(
     model:Ensemble,
     store:Store,
     bpp:BppStore,
-)->tuple: # predictions (k n m) and measurements (n m) of positions that count, half (0, 1) of each (n), member → k
+)->tuple: # predictions (k n m) and measurements (n m) of positions that count, part (families stay together) of each (n), member → k
     "What each configuration predicts for RNAs that it has not trained on; ValueError when the members do not fit together"
     kind = [json.dumps({k: v for k,v in vars(c).items() if k not in ('fold','device','precision','time_budget','tracker')}, sort_keys=True) for c in model.cfgs]
     kind = [f'{k} {kind[:i].count(k) if len({c.fold for c in model.cfgs}) == 1 else 0}' for i,k in enumerate(kind)]
@@ -215,9 +215,10 @@ def out_of_fold(
         bpp.fill(store.rows.sequence.iloc[rows])
         preds = [np.concatenate(predict_rows(Ensemble([model.members[i]], [model.cfgs[i]], flip=model.flip, dtype=model.dtype).to(model.weights.device), store, bpp, rows)) for i in mine]
         y = np.concatenate([store[i][0] for i in rows])
-        half = np.repeat(store.rows.cluster.to_numpy()[rows] % 2, store.rows.sequence.str.len().to_numpy()[rows])
+        r = store.rows.iloc[rows]
+        part = np.repeat(assign_folds(r.cluster.to_numpy(), r.dataset_name, min(5, r.cluster.nunique())), r.sequence.str.len())
         keep = ~np.isnan(y).any(1)
-        parts.append((np.stack(preds)[:,keep], y[keep].clip(0, 1), half[keep]))
+        parts.append((np.stack(preds)[:,keep], y[keep].clip(0, 1), part[keep]))
     return np.concatenate([p for p,*_ in parts], 1),np.concatenate([y for _,y,_ in parts]),np.concatenate([h for *_,h in parts]),[groups.index(k) for k in kind]
 
 def fit_weights(
@@ -285,19 +286,18 @@ def fit_ensemble(
     "Weights and error bars from out-of-fold predictions, judged on families that they were not fitted on"
     check_target(out, store.path)
     for p in model.paths: _same_data(p, store)
-    preds,y,half,kind = out_of_fold(model, store, BppStore(bpps, folding(model.cfgs[0])))
-    if len(set(half)) < 2: raise ValueError(f"{store.path}: the held-out fold is one family, which cannot be split: hold out another fold")
-    plain,tables,judged = np.full(len(preds), 1/len(preds)),[],np.empty_like(y)
-    spread_ = np.empty_like(y)
-    for h in (0, 1):
-        w = fit_weights(preds[:,half != h], y[half != h])
-        judged[half == h],spread_[half == h] = _mean_spread(preds[:,half == h], w)
-        tables.append(coverage(judged[half == h], spread_[half == h], y[half == h], calibrate(*_mean_spread(preds[:,half != h], w), y[half != h])))
+    preds,y,part,kind = out_of_fold(model, store, BppStore(bpps, folding(model.cfgs[0])))
+    if len(set(part)) < 2: raise ValueError(f"{store.path}: the held-out fold is one family, which cannot be split: hold out another fold")
+    plain,covered,judged,spread_ = np.full(len(preds), 1/len(preds)),0,np.empty_like(y),np.empty_like(y)
+    for k in np.unique(part):  # fitted on the other parts, judged on this one
+        here = part == k
+        w = fit_weights(preds[:,~here], y[~here])
+        judged[here],spread_[here] = _mean_spread(preds[:,here], w)
+        covered = covered + here.mean()*coverage(judged[here], spread_[here], y[here], calibrate(*_mean_spread(preds[:,~here], w), y[~here]))
     mae = lambda p: dict(zip(MODS, (e := np.abs(p - y).mean(0)), strict=True)) | dict(official=e.mean())
     names = [next(str(p.parent.name if p.name == 'best.pt' else p) for p,k in zip(model.paths, kind, strict=True) if k == g) for g in range(len(preds))]
     weights = fit_weights(preds, y)
     scores = pd.DataFrame({**{f'{n} alone': mae(p) for n,p in zip(names, preds, strict=True)}, 'plain mean': mae(_mean_spread(preds, plain)[0]), 'weighted, cross-fitted': mae(judged)}).T
-    covered = sum(t*(half == h).mean() for h,t in zip((0, 1), tables, strict=True))
     share = np.array([weights[k]/kind.count(k) for k in kind])
     final = Ensemble(model.members, model.cfgs, model.paths, share, model.flip, model.dtype, calibrate(*_mean_spread(preds, weights), y))
     save_ensemble(out, final, fitted=dict(store=store.path.name, sha256=store.meta.get('sha256'), positions=len(y), official=float(scores.official.iloc[-1]), coverage=covered.round(4).to_dict('index')))
