@@ -8,10 +8,10 @@ __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERS
            'simulate', 'is_parquet', 'readable', 'writable', 'read_table', 'numbers', 'ahead', 'read_raw',
            'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool', 'write_store',
            'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches', 'random_flips',
-           'held_out', 'write_holdout', 'ribo_data']
+           'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
-import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,sys,tempfile,threading,zlib
+import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,subprocess,sys,tempfile,threading,zlib
 import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.parquet as pq
 import matplotlib.pyplot as plt
 from collections import deque
@@ -1220,13 +1220,23 @@ def write_holdout(
     with atomic(Path(folder)/'solution.parquet') as p: solution.to_parquet(p, index=False)
     return int(end[-1])
 
-# %% ../nbs/00_data.ipynb #724d18ec
+# %% ../nbs/00_data.ipynb #47254143
+def kaggle_raw()->Path:
+    "The competition's train_data.csv: where Kaggle has mounted it, else downloaded into datamount/raw"
+    here = next(Path(os.environ.get('RIBO_KAGGLE_ROOT', '/kaggle'), 'input').rglob('train_data.csv'), None)
+    if here: return here
+    out = datamount()/'raw'
+    r = subprocess.run([sys.executable, '-m', 'ribo_nb.kaggle', 'download', '--out', out])  # the client logs in by being imported: not here
+    if r.returncode: raise ValueError(f"{out/'train_data.csv'}: was not downloaded, for the reason above")
+    return out/'train_data.csv'
+
 @command()
 @click.argument('raw', required=False, type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path),
               help='Store to write (Parquet).  [default: datamount/parquet/NAME.parquet]')
 @click.option('--simulate', 'n_sim', type=click.IntRange(1),
               help='No RAW? Simulate this many sequences and write their raw table first.')
+@click.option('--kaggle', is_flag=True, help="No RAW? Download the competition's files (what is missing of them), or use /kaggle/input.")
 @click.option('--sample', type=click.IntRange(1),
               help='Keep only this many sequences, drawn at random (all their measurements).')
 @click.option('--folds', default=4, type=click.IntRange(2),
@@ -1236,9 +1246,10 @@ def write_holdout(
 @click.option('--seed', default=0, type=click.IntRange(0), help='Of the simulation, the sample and the folds.')
 @click.option('--holdout', type=click.Path(path_type=Path),
               help="Also write fold 0 as Kaggle's test_sequences.csv and solution.parquet into this folder.")
-def ribo_data(raw, out, n_sim, sample, folds, split, seed, holdout):
+def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout):
     "Turn RAW, a table of reactivity profiles in Kaggle's wide format (CSV, CSV.gz or Parquet), into a store."
-    if (raw is None) == (n_sim is None): raise click.UsageError('Give either RAW, a table to convert, or --simulate N.')
+    if (raw is not None) + (n_sim is not None) + kaggle != 1: raise click.UsageError('Give either RAW, a table to convert, or --kaggle, or --simulate N.')
+    if kaggle: raw = kaggle_raw()
     if n_sim:
         raw = datamount()/'raw'/f"simulated-{n_sim}{f'-seed{seed}' if seed else ''}.parquet"
         table = simulate(n_sim, seed)
