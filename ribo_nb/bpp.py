@@ -875,7 +875,7 @@ class BppStore:
         engine:Engine|None=None, # from `engine()`; default: native
         threshold:float=1e-3, # smallest probability kept
     ):
-        self.eng,self.threshold,self.failed,self.n_sorted = engine or Native(),threshold,{},-1
+        self.eng,self.threshold,self.failed,self.index = engine or Native(),threshold,{},(-1, None, None, None)
         self.key = store_key(self.eng, threshold)
         self.tmp = None if folder else tempfile.TemporaryDirectory(prefix='ribo_bpp_')
         self.folder = store_folder(folder or self.tmp.name, self.eng, threshold)
@@ -884,15 +884,16 @@ class BppStore:
     def __len__(self): return len(self.files.lines)
 
     def rows(self, sequences)->np.ndarray: # line of each sequence, -1 where it is missing
-        if self.n_sorted != len(self):
-            self.n_sorted,lines = len(self),np.array(self.files.lines['hash'])
+        if self.index[0] != len(self):
+            lines = np.array(self.files.lines['hash'])
             first = lines.view('<u8')[::2]
-            self.order = np.argsort(first, kind='stable')
-            self.first,self.hashes = first[self.order],lines[self.order]
-        if not len(self): return np.full(len(sequences), -1)
+            order = np.argsort(first, kind='stable')
+            self.index = len(lines),order,first[order],lines[order]  # at once: another thread may fill the store while this one reads
+        n,order,first,hashes = self.index
+        if not n: return np.full(len(sequences), -1)
         want = np.frombuffer(b''.join(map(_hash, sequences)), 'V16')
-        at = np.searchsorted(self.first, want.view('<u8')[::2]).clip(max=len(self)-1)
-        return np.where(self.hashes[at] == want, self.order[at], -1)
+        at = np.searchsorted(first, want.view('<u8')[::2]).clip(max=n-1)
+        return np.where(hashes[at] == want, order[at], -1)
 
     def missing(self, sequences):
         seqs = list(dict.fromkeys(sequences))

@@ -11,7 +11,7 @@ __all__ = ['ENSEMBLE_VERSION', 'LONGEST', 'SUBMISSION', 'turned', 'Ensemble', 'S
            'ribo_infer']
 
 # %% ../nbs/05_infer.ipynb #8f696e83
-import gzip,itertools,json,os,re,shutil,subprocess,sys,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,torch
+import gzip,itertools,json,os,re,shutil,subprocess,sys,tempfile,time,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,torch
 import matplotlib.pyplot as plt
 from contextlib import contextmanager
 from dataclasses import replace
@@ -371,9 +371,10 @@ def run_job(
     bpps=None, # folder of a BPP store
     structures:bool=False,
     shard:tuple=(0, 1), # which of how many
+    hours:float=0., # stop in time; 0: no limit
 ):
-    "Predict the blocks of a shard that are not done; `Stopped` on SIGTERM, with all finished blocks kept"
-    todo = [k for k in job.missing() if k % shard[1] == shard[0]]
+    "Predict the blocks of a shard that are not done, or as many as there is time for; `Stopped` on SIGTERM, with all finished blocks kept"
+    todo,end = [k for k in job.missing() if k % shard[1] == shard[0]],time.monotonic() + .97*3600*hours if hours else np.inf
     size = sum(job.cut[k+1] - job.cut[k] for k in range(shard[0], len(job), shard[1]))
     left = sum(job.cut[k+1] - job.cut[k] for k in todo)
     blocks = _folded_blocks(job, todo, seqs, bpps, folding(model.cfgs[0]))
@@ -383,7 +384,9 @@ def run_job(
         def tick(n):
             bar.update(n)
             if got: raise Stopped(f"{got[0]}: {len(job) - len(job.missing())} of {len(job)} parts are kept in {job.folder}, the same command goes on")
-        for k,bpp in blocks: job.write(k, predict_block(model, seqs, *job.cut[k:k+2], bpp, structures, tick))
+        for k,bpp in blocks:
+            if time.monotonic() > end: break
+            job.write(k, predict_block(model, seqs, *job.cut[k:k+2], bpp, structures, tick))
 
 # %% ../nbs/05_infer.ipynb #9d28a3aa
 @contextmanager
@@ -589,6 +592,7 @@ def infer_file(
     measured:Store|None=None, # profiles to draw beside the predictions
     mutate:bool=False, # also a mutate-and-map of the first RNA
     shard:tuple=(0, 1), # which share of the work, of how many
+    hours:float=0., # stop in time; 0: no limit
 )->str: # what was done, in one line
     "Predict a file, going on where an earlier start stopped"
     out = check_target(out, source)
@@ -598,8 +602,10 @@ def infer_file(
     if out.suffix == '.rdat' and (seqs.low is not None or len(seqs) > 10_000): raise ValueError(f"{out}: RDAT holds up to 10,000 RNAs and no submission: write .parquet or .csv")
     if structures and seqs.low is None: vienna()
     job = Job(out, job_of(model, seqs, structures), len(seqs))
-    run_job(job, model, seqs, bpps, structures, shard)
-    if shard[1] > 1 and (gone := job.missing()): return f'{out}: shard {shard[0]+1} of {shard[1]} is done, {len(gone)} of {len(job)} parts are missing still'
+    run_job(job, model, seqs, bpps, structures, shard, hours)
+    if gone := job.missing():
+        why = f'shard {shard[0]+1} of {shard[1]} is done' if all(k % shard[1] != shard[0] for k in gone) else 'time is up, the same command goes on'
+        return f'{out}: {why}, {len(gone)} of {len(job)} parts are missing still'
     if not join(job, seqs): return f'{out}: another process joins the parts'
     text = f'{out}: {len(seqs)} sequences' if seqs.low is None else f'{out}: submission of {int(seqs.length.sum())} rows'
     return text + draw_file(model, seqs, bpps, figures, report, structures, measured, mutate)
@@ -634,10 +640,10 @@ def _shard(ctx, param, value):
     if not (m := re.fullmatch(r'(\d+)/(\d+)', value)) or not 1 <= int(m[1]) <= int(m[2]): raise click.BadParameter(f'{value!r}, expected k/n with k from 1 to n, e.g. 2/4')
     return int(m[1])-1,int(m[2])
 
-def infer_together(processes, ckpts, source, out, bpps=None):
+def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
     "`ribo_infer` in several processes of this machine, one per GPU; RuntimeError when torchrun fails"
     r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'ribo_nb.infer', str(source), '--out', str(out),
-                        *(str(a) for c in ckpts for a in ('--ckpt', c)), *(['--bpp', str(bpps)] if bpps else [])], stdin=subprocess.DEVNULL)
+                        *(str(a) for c in ckpts for a in ('--ckpt', c)), *(['--bpp', str(bpps)] if bpps else []), '--hours', str(hours)], stdin=subprocess.DEVNULL)
     if r.returncode: raise RuntimeError(f"torchrun ended with {r.returncode}: its messages are above")
 
 @command()
@@ -655,9 +661,10 @@ def infer_together(processes, ckpts, source, out, bpps=None):
 @click.option('--measured', type=click.Path(path_type=Path), help='Store with measured profiles, drawn beside the predictions.')
 @click.option('--mutate', is_flag=True, help='Also draw a mutate-and-map of the first sequence.')
 @click.option('--shard', callback=_shard, help='k/n: do only the k-th of n shares; whoever finishes last joins them.  [default: from torchrun]')
+@click.option('--hours', default=0., type=click.FloatRange(0), help='Stop in time, with all finished parts kept; 0: no limit.')
 @click.option('--merge', is_flag=True, help='Only join parts that shards have made, perhaps on other machines.')
 @click.option('--pseudo', type=click.Path(path_type=Path), help='Write a store to train on: this one and, as pseudo-labels, SEQUENCES.')
-def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_structure, figures, report, measured, mutate, shard, merge, pseudo):
+def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_structure, figures, report, measured, mutate, shard, hours, merge, pseudo):
     """Predict 2A3 and DMS reactivity (0 to 1 per nucleotide) of SEQUENCES.
 
     FASTA, or a table with a column `sequence`, gives a table: one row per sequence (CSV: per nucleotide).
@@ -672,7 +679,7 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
         seqs = Sequences(sequences)
         join(Job(check_target(out, sequences), job_of(model, seqs, not no_structure), len(seqs)), seqs)
         click.echo(f'{out}: joined'); return
-    try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, Store(measured) if measured else None, mutate, shard))
+    try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, Store(measured) if measured else None, mutate, shard, hours))
     except Stopped as e:
         click.echo(str(e), err=True)
         raise SystemExit(STOPPED) from e

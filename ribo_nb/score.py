@@ -116,14 +116,15 @@ def check_submission(
     if row != last - first + 1: raise ValueError(f"{path}: has {row} rows, expected {last - first + 1}: ids {first} to {last}")
     return row
 
-# %% ../nbs/05b_score.ipynb #d6c754b6
-def _groups(seqs, known, k, s): # what sequence number k counts for
-    if seqs is None: return [('all','all')]
-    names = {v: n for n,v in seqs.sets.items()}
-    length = int(seqs.length[k])
-    out = [('all','all'), ('length', str(length) if len(np.unique(seqs.length)) < 13 else f'{length//50*50} to {length//50*50+49}')]
-    if names[int(seqs.set[k])]: out.append(('dataset_name', names[int(seqs.set[k])]))
-    return out + ([('overlap', 'in the store' if s in known else 'not in the store')] if known is not None else [])
+# %% ../nbs/05b_score.ipynb #74a51dee
+def _grouping(seqs, known): # sequence number, sequence → what it counts for
+    if seqs is None: return lambda k, s: [('all','all')]
+    names,few = {v: n for n,v in seqs.sets.items()},len(np.unique(seqs.length)) < 13
+    def of(k, s):
+        length,name = int(seqs.length[k]),names[int(seqs.set[k])]
+        out = [('all','all'), ('length', str(length) if few else f'{length//50*50} to {length//50*50+49}'), *([('dataset_name', name)] if name else [])]
+        return out + ([('overlap', 'in the store' if s in known else 'not in the store')] if known is not None else [])
+    return of
 
 def _blocks(truth, low, high, seqs, size=512):
     "(first id, one past the last, sequences or None) of each block that has something to score"
@@ -148,7 +149,7 @@ def score_files(
         if seqs is None: raise ValueError('the baselines need the test sequences too')
         known = set(store.rows.sequence)
         fitted,base = _fit_without(store, known, seqs, bpps)
-    sums = defaultdict(lambda: np.zeros(3))
+    sums,groups = defaultdict(lambda: np.zeros(3)),_grouping(seqs, known)
     for a,b,t in progress(_blocks(truth, low, high, seqs), 'score', unit='block'):
         y = truth.take(a, b)
         if np.isnan(y).all(): continue
@@ -159,11 +160,11 @@ def score_files(
         if store is not None:
             base.fill(t.sequence)
             each |= {who: np.concatenate(p) for who,p in look_up(fitted, t.sequence.tolist(), base).items()}
-        _add(sums, each, y, t, a, seqs, known)
+        _add(sums, each, y, t, a, groups)
     rows = {k: dict(zip(MODS, v[:2]/v[2], strict=True)) | dict(official=v[:2].mean()/v[2], positions=int(v[2])) for k,v in sums.items()}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['who','group','value'])
 
-def _add(sums, each, y, t, a, seqs, known):
+def _add(sums, each, y, t, a, groups):
     "Sums of absolute errors of one block"
     spans = [(0, len(y), None, '')] if t is None else [(lo-a, hi-a+1, k, s) for lo,hi,k,s in zip(t.id_min, t.id_max, t.k, t.sequence, strict=True)]
     for who,p in each.items():
@@ -172,7 +173,7 @@ def _add(sums, each, y, t, a, seqs, known):
             w = wrong[lo:hi]
             w = w[~np.isnan(w).any(1)]
             if len(w):
-                for g in _groups(seqs, known, k, s): sums[(who, *g)] += np.r_[w.sum(0), len(w)]
+                for g in groups(k, s): sums[(who, *g)] += np.r_[w.sum(0), len(w)]
 
 def _check_cover(seqs, test, solution, low, high):
     if seqs.low is None: raise ValueError(f"{test}: has no id_min and id_max: it cannot be matched with the solution")

@@ -89,8 +89,9 @@ class Stub:
         n = len(self.datasets[ref])
         return 200,dict(ref=ref, currentVersionNumber=n if self.polls >= self.need else n-1),{}
     def GetDatasetStatus(self, q):
+        if (ref := f"{q['ownerSlug']}/{q['datasetSlug']}") not in self.datasets: return 404,dict(code=404, message='not found'),{}
         self.polls += 1
-        return 200,dict(status='READY' if self.polls > self.need or self.polls == 1 else 'BLOBS_RECEIVED'),{}  # the old version is ready still
+        return 200,dict(status='READY' if self.polls > self.need or self.polls == 1 and len(self.datasets[ref]) > 1 else 'BLOBS_RECEIVED'),{}  # the old version is ready still
 
     # kernels: ref → list of what was saved
     def SaveKernel(self, q):

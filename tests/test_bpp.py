@@ -1,5 +1,5 @@
 "Folding: engines against references and failures; the store under kills, rivals, full disks and damage."
-import json,os,random,signal,subprocess,sys,time
+import json,os,random,signal,subprocess,sys,threading,time
 import joblib,numpy as np,pandas as pd,pytest
 from helpers import REAL,call,env,invoke,start
 from ribo_nb.bpp import *
@@ -182,3 +182,16 @@ class Slow(Native):
     def pairs(self, s, threshold=0.): time.sleep(.02); return super().pairs(s, threshold)
     @staticmethod
     def seconds(n): return .1
+
+def test_one_thread_reads_while_another_fills(tmp_path):
+    "Prediction on a GPU folds the next block meanwhile: what is there stays findable at every moment"
+    store,rng = BppStore(tmp_path),np.random.default_rng(0)
+    seqs = [''.join(rng.choice(list('ACGU'), 12)) for _ in range(1600)]
+    store.fill(seqs[:1000], quiet=True)
+    def more():
+        for k in range(1000, 1600, 20): store.fill(seqs[k:k+20], n_jobs=1, quiet=True)
+    t = threading.Thread(target=more); t.start()
+    looks = 0
+    while t.is_alive(): assert (store.rows(seqs[:1000]) >= 0).all(); looks += 1
+    t.join()
+    assert looks > 10 and (store.rows(seqs) >= 0).all()

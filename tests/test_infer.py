@@ -84,6 +84,13 @@ def test_one_machine_per_shard_then_merge(runs, test_set, tmp_path):
     r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/'m1'/'s.parquet', '--merge'))
     assert r.exit_code == 0 and check_submission(tmp_path/'m1'/'s.parquet', tmp_path/'few.csv') == few.id_max.iloc[-1]+1
 
+def test_time_budget_keeps_what_is_done(runs, test_set, tmp_path):
+    pd.read_csv(test_set)[:20].to_csv(tmp_path/'few.csv', index=False)
+    r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/'o.parquet', '--hours', 1e-9))
+    assert r.exit_code == 0 and 'time is up, the same command goes on, 1 of 1 parts' in r.output and not (tmp_path/'o.parquet').exists()
+    r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/'o.parquet', '--hours', 1))
+    assert r.exit_code == 0 and (tmp_path/'o.parquet').exists()
+
 def test_nothing_starts_when_a_member_is_bad(runs, mount, tmp_path):
     bad = tmp_path/'bad.pt'
     bad.write_bytes((runs/'a'/'best.pt').read_bytes()[:-100])

@@ -65,12 +65,12 @@ def test_push(stub, mount, wheel):
     "Private datasets, a kernel without internet on T4s; what did not change is not sent again"
     out = push(stub, '--data', mount/'store.parquet', '--bpp', mount/'bpp')
     assert 'version 1 runs' in out and 'ribo_kaggle continue cfg_demo' in out
-    assert set(stub.datasets) == {'someone/ribo-nb-code','someone/ribo-nb-store'}
+    assert set(stub.datasets) == {'someone/ribo-nb-code','someone/ribo-nb-data-store'}
     assert stub.datasets['someone/ribo-nb-code'] == [{wheel.name: wheel.read_bytes(), 'extra-1-py3-none-any.whl': stub.extra.read_bytes()}]
-    assert set(stub.datasets['someone/ribo-nb-store'][0]) == {'store.parquet','key.json','index.bin','pairs.bin'}
+    assert set(stub.datasets['someone/ribo-nb-data-store'][0]) == {'store.parquet','key.json','index.bin','pairs.bin'}
     k, = stub.kernels['someone/ribo-nb-cfg-demo']
     assert (k['machineShape'], k['enableInternet'], k['isPrivate'], k['newTitle']) == ('NvidiaTeslaT4', False, True, 'ribo nb cfg demo')
-    assert k['datasetDataSources'] == ['someone/ribo-nb-code','someone/ribo-nb-store'] and not k.get('competitionDataSources')
+    assert k['datasetDataSources'] == ['someone/ribo-nb-code','someone/ribo-nb-data-store'] and not k.get('competitionDataSources')
     stub.status = 'RUNNING'
     assert 'is running' in push(stub, ok=False)
     push(stub, '--force')
@@ -97,7 +97,8 @@ def test_refused_push_is_an_error_with_a_remedy(stub, fault, says):
     "Also where the client would print it and exit with 0"
     if isinstance(fault, int): stub.fail('SaveKernel', fault)
     else: stub.save = dict(error=dict(error='Maximum weekly GPU quota of 30.00 hours reached.'), source=dict(invalidCompetitionSources=[K.COMPETITION]), silent=dict(versionNumber=0))[fault]
-    assert says in push(stub, ok=False) and not (stub.project/'datamount'/'kaggle'/'cfg_demo.json').exists()
+    assert says in push(stub, ok=False)
+    if not stub.kernels: assert not K.settled(K.client(), 'cfg_demo') and 'nothing was pushed' in kaggle('continue', 'cfg_demo').output
 
 def test_kaggle_stays_down(stub):
     stub.fail('SaveKernel', *[500]*20)
@@ -121,6 +122,43 @@ def test_a_version_that_is_not_ready_is_waited_for(stub, monkeypatch):
     push(stub, '--force')  # waits for the version that is under way, and makes no third
     assert len(stub.datasets['someone/ribo-nb-code']) == 2 and len(stub.kernels['someone/ribo-nb-cfg-demo']) == 2
 
+def test_an_answer_that_is_lost_for_good_is_looked_for_next_time(stub):
+    "The kernel was saved, the line stayed dead: the next command finds it, and starts no second one"
+    stub.fail('SaveKernel', 'cut after'); stub.fail('GetKernel', *['cut']*40)
+    assert 'run the same command again' in push(stub, ok=False)
+    stub.faults.clear(); stub.status = 'RUNNING'
+    assert 'version 1 is running' in push(stub, ok=False) and 'version 1' in kaggle('status', 'cfg_demo').output
+    stub.status = 'COMPLETE'; leave(stub, 5)
+    stub.fail('SaveKernel', 'cut after'); stub.fail('GetKernel', *['cut']*40)
+    assert kaggle('continue', 'cfg_demo').exit_code == 1
+    stub.faults.clear(); leave(stub, 9)
+    assert 'step 9, not done' in kaggle('status', 'cfg_demo').output and 'from step 9' in kaggle('continue', 'cfg_demo').output
+    assert len(stub.kernels['someone/ribo-nb-cfg-demo']) == 3
+    stub.fail('ListKernelSessionOutput', *[500]*40)  # trouble is not "the run is done"
+    assert 'begins anew' in push(stub, ok=False) and len(stub.kernels['someone/ribo-nb-cfg-demo']) == 3
+
+def test_a_dataset_that_vanished_or_failed_is_sent_again(stub, monkeypatch):
+    push(stub); stub.datasets.clear()
+    push(stub, '--force')
+    assert [len(v) for v in stub.datasets.values()] == [1]
+    extra(stub.extra, 2)
+    good,stub.GetDatasetStatus = stub.GetDatasetStatus,lambda q: (200, dict(status='FAILED'), {})
+    assert 'could not make version 2' in push(stub, '--force', ok=False)
+    stub.GetDatasetStatus = good
+    push(stub, '--force')
+    assert len(stub.datasets['someone/ribo-nb-code']) == 3
+    stub.datasets.clear(); extra(stub.extra, 3); stub.polls_until_ready = 4  # created, but not visible yet, and the answer is lost
+    stub.fail('CreateDataset', 'cut after')
+    push(stub, '--force')
+    assert [len(v) for v in stub.datasets.values()] == [1]
+
+def test_a_first_version_that_failed_begins_anew_by_force(stub):
+    push(stub)
+    stub.status,stub.failure = 'ERROR','no GPU'
+    r = kaggle('continue', 'cfg_demo', '--force')
+    k = stub.kernels['someone/ribo-nb-cfg-demo'][-1]
+    assert 'from the beginning' in r.output and "'step': None" in k['text'] and not k.get('kernelDataSources'), r.output
+
 def test_an_upload_that_fails_makes_no_dataset(stub):
     stub.fail('blob', *[400]*20)
     assert 'run the same command again' in push(stub, ok=False) and not stub.datasets and not stub.kernels
@@ -135,7 +173,7 @@ def test_continue_until_done_then_pull(stub, mount):
     assert 'is running' in kaggle('continue', 'cfg_demo').output and 'running' in kaggle('status', 'cfg_demo').output
     stub.status = 'COMPLETE'
     r = kaggle('continue', 'cfg_demo')  # no output yet
-    assert r.exit_code == 1 and 'no ribo.json' in r.output
+    assert r.exit_code == 1 and 'no ribo.json' in r.output and 'push --force begins anew' in push(stub, ok=False)
     leave(stub, 40)
     assert 'step 40, not done' in kaggle('status', 'cfg_demo').output
     assert 'is not done' in push(stub, ok=False)
@@ -144,7 +182,7 @@ def test_continue_until_done_then_pull(stub, mount):
     a,b = stub.kernels['someone/ribo-nb-cfg-demo']
     assert b['kernelDataSources'] == ['someone/ribo-nb-cfg-demo'] and "'step': 40" in b['text'] and nonce(stub, version=0) != nonce(stub)
     run = lambda k: re.search(r"'run': '(\w+)'", k['text'])[1]
-    assert run(a) == run(b) and a['datasetDataSources'] == b['datasetDataSources'] and len(stub.datasets['someone/ribo-nb-store']) == 1
+    assert run(a) == run(b) and a['datasetDataSources'] == b['datasetDataSources'] and len(stub.datasets['someone/ribo-nb-data-store']) == 1
     r = kaggle('continue', 'cfg_demo')  # Kaggle shows the first version's output still
     assert r.exit_code == 1 and 'earlier version' in r.output and len(stub.kernels['someone/ribo-nb-cfg-demo']) == 2
     stub.status,stub.failure = 'ERROR','Your notebook tried to allocate more memory than is available.'
@@ -172,6 +210,11 @@ def test_pull_mixes_nothing(stub):
     stub.faults.clear(); stub.fail('output', None, 404)
     assert kaggle('pull', 'cfg_demo').exit_code == 1 and (got/'best.pt').read_bytes() == b'x'*100_000
     assert kaggle('pull', 'cfg_demo').exit_code == 0 and (got/'new').exists() and (got/'best.pt').read_bytes() == b'y'*100_000
+    (got/'mine.txt').write_text('a note'); leave(stub, 3, **{'new': b'z'})
+    assert kaggle('pull', 'cfg_demo').exit_code == 0 and (got/'mine.txt').read_text() == 'a note'
+    (got/'log.jsonl').write_text('{"step": 900}\n')
+    assert 'further than' in kaggle('pull', 'cfg_demo').output
+    (got/'log.jsonl').unlink()
     leave(stub, 3, **{'../../../outside': b'!'})
     assert 'outside its own folder' in kaggle('pull', 'cfg_demo').output and not list(stub.project.parent.rglob('outside'))
     (got/'ribo.json').write_text((got/'ribo.json').read_text().replace('"run": "', '"run": "f'))
@@ -180,10 +223,15 @@ def test_pull_mixes_nothing(stub):
 
 def test_wait_goes_from_session_to_session(stub, monkeypatch):
     push(stub); leave(stub, 10)
-    saved,n = stub.SaveKernel,[]
+    saved,n,later,listed = stub.SaveKernel,[],[],stub.ListKernelSessionOutput
+    def outputs(q):  # an old output is shown once more
+        out = listed(q)
+        if later and not q.get('pageToken'): leave(stub, *later.pop())
+        return out
+    stub.ListKernelSessionOutput = outputs
     def save(q):
         out = saved(q)
-        n.append(1); leave(stub, 10 + 10*len(n), len(n) == 3)
+        n.append(1); later.append((10 + 10*len(n), len(n) == 3))
         return out
     stub.SaveKernel = save
     out = K.carry_on(K.client(), 'cfg_demo', wait=True, every=.01)
@@ -377,6 +425,7 @@ def test_kernel_that_predicts(stub, mount, image, tmp_path):
     k, = stub.kernels['someone/ribo-nb-infer']
     assert k['kernelDataSources'] == ['someone/ribo-nb-cfg-demo'] and k['competitionDataSources'] == [K.COMPETITION]
     attach(stub.project, tmp_path/'k', names='infer')
+    assert "'hours': 11.5" in k['text']
     shutil.copy(mount/'test'/'test_sequences.csv', tmp_path/'k'/'input')
     r,nb = execute(image, stub.project/'datamount'/'kaggle'/'infer'/'kernel'/'kernel.ipynb', tmp_path/'k', tmp_path)
     assert r.returncode == 0, r.stderr[-3000:]
