@@ -595,11 +595,7 @@ def infer_file(
     hours:float=0., # stop in time; 0: no limit
 )->str: # what was done, in one line
     "Predict a file, going on where an earlier start stopped"
-    out = check_target(out, source)
-    if out.suffix not in ('.parquet','.csv','.rdat'): raise ValueError(f"{out}: the output is a .parquet, .csv or .rdat file")
-    if report: check_target(report, source, out)
-    seqs = Sequences(source)
-    if out.suffix == '.rdat' and (seqs.low is not None or len(seqs) > 10_000): raise ValueError(f"{out}: RDAT holds up to 10,000 RNAs and no submission: write .parquet or .csv")
+    out,seqs = _checked(out, source, report)
     if structures and seqs.low is None: vienna()
     job = Job(out, job_of(model, seqs, structures), len(seqs))
     run_job(job, model, seqs, bpps, structures, shard, hours)
@@ -609,6 +605,14 @@ def infer_file(
     if not join(job, seqs): return f'{out}: another process joins the parts'
     text = f'{out}: {len(seqs)} sequences' if seqs.low is None else f'{out}: submission of {int(seqs.length.sum())} rows'
     return text + draw_file(model, seqs, bpps, figures, report, structures, measured, mutate)
+
+def _checked(out, source, report): # path, sequences; ValueError before anything is computed
+    out = check_target(out, source)
+    if out.suffix not in ('.parquet','.csv','.rdat'): raise ValueError(f"{out}: the output is a .parquet, .csv or .rdat file")
+    if report: check_target(report, source, out)
+    seqs = Sequences(source)
+    if out.suffix == '.rdat' and (seqs.low is not None or len(seqs) > 10_000): raise ValueError(f"{out}: RDAT holds up to 10,000 RNAs and no submission: write .parquet or .csv")
+    return out,seqs
 
 def job_of(model, seqs, structures)->dict: # what the predictions depend on
     return dict(source=sha256(seqs.path), kind_of_output='table' if seqs.low is None else 'submission', models=[sha256(p) for p in model.paths],

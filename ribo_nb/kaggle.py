@@ -182,21 +182,25 @@ def begin(
     write_result(work, spec, cards=cards)
     if spec['infer'] is not None: return _begin_infer(spec, cards, began, root)
     run = work/'run'
-    if spec['step'] is not None and not (run/'log.jsonl').exists():
-        old = [p for p in _attached(root, 'ribo.json') if read_result(p)['run'] == spec['run']]
-        if not old: raise RuntimeError(f"the output of run {spec['run']} is not attached: `ribo_kaggle continue` attaches it; was its last version's output deleted?")
-        best = max(old, key=lambda p: read_result(p)['step'])
-        if (got := read_result(best)['step']) < spec['step']: raise RuntimeError(f"Kaggle attached an older output, of step {got}, expected {spec['step']}: wait some minutes, then ribo_kaggle continue --force")
-        shutil.copytree(best.parent/'run', run, dirs_exist_ok=True)
-        for p in run.rglob('*'): p.chmod(0o755 if p.is_dir() else 0o644)  # what is mounted is read-only
+    if spec['step'] is not None and not (run/'log.jsonl').exists(): _take_up(spec, root, run)
     write_result(work, spec, cards=cards, step=_step(run))
     data = _kernel_store(spec, root, scratch)
     if spec['bpps'] and not (to := scratch/'bpp'/spec['bpps']).exists():
         to.mkdir(parents=True)
         for n in ('key.json','index.bin','pairs.bin'): shutil.copyfile(_attached(root, n)[0], to/n)
-    left = spec['hours'] - (time.time()-began)/3600
-    return SimpleNamespace(cfg=spec['cfg'], overrides=json.dumps(json.loads(spec['overrides']) | dict(time_budget=max(left, 1e-4))), data=str(data), run=str(run),
+    return SimpleNamespace(cfg=spec['cfg'], overrides=json.dumps(json.loads(spec['overrides']) | dict(time_budget=_hours_left(spec, began))), data=str(data), run=str(run),
                            bpps=str(scratch/'bpp'), processes=max(1, len(cards)))
+
+def _hours_left(spec, began): return max(spec['hours'] - (time.time()-began)/3600, 1e-4)
+
+def _take_up(spec, root, run):
+    "The previous session's run folder, from its attached output"
+    old = [p for p in _attached(root, 'ribo.json') if read_result(p)['run'] == spec['run']]
+    if not old: raise RuntimeError(f"the output of run {spec['run']} is not attached: `ribo_kaggle continue` attaches it; was its last version's output deleted?")
+    best = max(old, key=lambda p: read_result(p)['step'])
+    if (got := read_result(best)['step']) < spec['step']: raise RuntimeError(f"Kaggle attached an older output, of step {got}, expected {spec['step']}: wait some minutes, then ribo_kaggle continue --force")
+    shutil.copytree(best.parent/'run', run, dirs_exist_ok=True)
+    for p in run.rglob('*'): p.chmod(0o755 if p.is_dir() else 0o644)  # what is mounted is read-only
 
 def _kernel_store(spec, root, scratch):
     "The store that was pushed, or one made of the competition's own file"
@@ -220,7 +224,7 @@ def _begin_infer(spec, cards, began, root):
     if not tests: raise RuntimeError(f"test_sequences.csv is not attached: accept the rules of https://www.kaggle.com/competitions/{COMPETITION}")
     for old in _attached(root, 'submission.parquet.parts')[:1]: shutil.copytree(old, root/'working'/old.name, dirs_exist_ok=True)  # of the last session
     return SimpleNamespace(ckpt=','.join(ckpts), sequences=str(tests[0]), out=str(root/'working'/'submission.parquet'), bpps=str(root/'temp'/'bpp'), processes=max(1, len(cards)),
-                           hours=max(spec['hours'] - (time.time()-began)/3600, 1e-4))
+                           hours=_hours_left(spec, began))
 
 def finish(
     spec:dict,
@@ -288,10 +292,9 @@ def write_kernel(
     with atomic(folder/'kernel-metadata.json') as p: p.write_text(json.dumps(meta, indent=1))
     return folder
 
-def new_spec(name, cfg=None, overrides='{}', wheels=(), store=None, bpps='', hours=11.5, gpu=True, infer=None, run=None, step=None)->dict:
-    "All that a kernel has to know; no secret is in it"
-    return dict(name=name, cfg=cfg or name, overrides=overrides, wheels={Path(w).name: sha256(w) for w in wheels}, store=[Path(store).name, sha256(store)] if store else None, bpps=bpps,
-                hours=hours, gpu=gpu, infer=infer, run=run or uuid.uuid4().hex[:12], step=step, nonce=uuid.uuid4().hex)
+def new_spec(name, cfg, overrides='{}', hours=11.5, gpu=True, infer=None)->dict:
+    "All that a kernel of a new run has to know; no secret is in it"
+    return dict(name=name, cfg=cfg, overrides=overrides, wheels={}, store=None, bpps='', hours=hours, gpu=gpu, infer=infer, run=uuid.uuid4().hex[:12], step=None, nonce=uuid.uuid4().hex)
 
 # %% ../nbs/06_kaggle.ipynb #e38c3060
 def home()->Path: return datamount()/'kaggle'
@@ -343,7 +346,6 @@ def upload_dataset(
 )->int: # its version, ready to be mounted
     "Create a private dataset, or give it a new version if anything changed, and wait until it is ready"
     from kaggle.api.kaggle_api_extended import ApiBlobType,ResumableUploadContext
-    from kagglesdk.datasets.types.dataset_api_service import ApiCreateDatasetRequest,ApiCreateDatasetVersionRequest,ApiCreateDatasetVersionRequestBody
     folder = Path(folder)
     meta = json.loads((folder/'dataset-metadata.json').read_text())
     ref,files = meta['id'],{p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != 'dataset-metadata.json'}
@@ -351,14 +353,8 @@ def upload_dataset(
         old,before = remembered(_key(ref)),dataset_version(api, ref)
         if old.get('ref') == ref and old['files'] == files and (before == old['number'] or before == old['number']-1 and _under_way(api, ref)):
             wait_ready(api, ref, old['number']); return old['number']
-        body = ApiCreateDatasetVersionRequestBody() if before else ApiCreateDatasetRequest()
-        body.files = []
+        body,req = _dataset_request(meta, before)
         with ResumableUploadContext() as context: again(_upload, api, body, folder, context, ApiBlobType.DATASET, len(files))
-        if before:
-            body.version_notes,req = f"ribo_nb {version('ribo_nb')}",ApiCreateDatasetVersionRequest()
-            req.owner_slug,req.dataset_slug,req.body = *ref.split('/'),body
-        else:
-            body.owner_slug,body.slug,body.title,body.license_name,body.is_private,req = *ref.split('/'),meta['title'],meta['licenses'][0]['name'],True,body
         with api.build_kaggle_client() as kaggle:
             c = kaggle.datasets.dataset_api_client
             r = again(c.create_dataset_version if before else c.create_dataset, req, done=lambda: _arrived(api, ref, before))
@@ -366,6 +362,17 @@ def upload_dataset(
         remember(_key(ref), ref=ref, number=before+1, files=files)
         wait_ready(api, ref, before+1)
     return before + 1
+
+def _dataset_request(meta, before): # what names the files, and the request that carries it: the same for a new dataset
+    from kagglesdk.datasets.types.dataset_api_service import ApiCreateDatasetRequest,ApiCreateDatasetVersionRequest,ApiCreateDatasetVersionRequestBody
+    owner,name = meta['id'].split('/')
+    if before:
+        body,req = ApiCreateDatasetVersionRequestBody(),ApiCreateDatasetVersionRequest()
+        body.version_notes,req.owner_slug,req.dataset_slug,req.body = f"ribo_nb {version('ribo_nb')}",owner,name,body
+        return body,req
+    body = ApiCreateDatasetRequest()
+    body.owner_slug,body.slug,body.title,body.license_name,body.is_private = owner,name,meta['title'],meta['licenses'][0]['name'],True
+    return body,body
 
 def _arrived(api, ref, before): # True, or None when nothing is seen of it
     return True if dataset_version(api, ref) > before or (_under_way(api, ref) if before else _or_absent(api.dataset_status, ref)) else None
@@ -485,10 +492,14 @@ def pull(
         with talking(f"{name} of {state['kernel']}"):
             if not to.exists(): fetch(files[name], to)
     with atomic(part/'ribo.json') as p: p.write_text(json.dumps(r, indent=1))
+    return _swap_in(part, folder)
+
+def _swap_in(part, folder):
+    "Put `part` in the place of `folder`, whose other files stay"
     old = folder.with_name(f'.{folder.name}.old')
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        for p in [p for p in folder.rglob('*') if p.is_file() and p.name != 'lock' and not (part/p.relative_to(folder)).exists()]:  # yours stay
+        for p in [p for p in folder.rglob('*') if p.is_file() and p.name != 'lock' and not (part/p.relative_to(folder)).exists()]:
             (to := part/p.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(p, to)
         folder.rename(old)
@@ -506,11 +517,7 @@ def download(
     "Files of a competition, each with the size that Kaggle lists; ValueError before the first byte when the disk is too small"
     folder,rules = Path(folder),f'join the competition and accept its rules on https://www.kaggle.com/competitions/{competition}/rules'
     with talking(f'competition {competition}', rules, 'no such competition'):
-        sizes,token = {},None
-        while True:
-            r = again(api.competition_list_files, competition, page_token=token, page_size=200)
-            sizes |= {f.name: f.total_bytes for f in r.files}
-            if not (token := r.next_page_token) or set(names) <= set(sizes): break
+        sizes = _sizes(api, competition, names)
         if gone := sorted(set(names) - set(sizes)): raise ValueError(f"competition {competition}: has no file {', '.join(gone)}; it has {', '.join(sorted(sizes))[:300]}")
         todo = [n for n in names if not (folder/n).exists() or (folder/n).stat().st_size != sizes[n]]
         folder.mkdir(parents=True, exist_ok=True)
@@ -519,11 +526,7 @@ def download(
         for n in todo:
             part = folder/'.part'/Path(n).name  # the client goes on with what it finds here
             with contextlib.redirect_stdout(sys.stderr): again(api.competition_download_file, competition, n, str(part.parent), quiet=False)
-            if (z := part.with_name(f'{part.name}.zip')).exists():
-                try:
-                    with zipfile.ZipFile(z) as f,f.open(part.name) as a,open(part, 'wb') as b: shutil.copyfileobj(a, b, 1<<22)
-                except (zipfile.BadZipFile, KeyError) as e: raise ValueError(f"{n}: came damaged ({e}): run the same command again") from e
-                finally: z.unlink()
+            if (z := part.with_name(f'{part.name}.zip')).exists(): _unzip(z, part, n)
             if (got := part.stat().st_size if part.exists() else 0) != sizes[n]:
                 part.unlink(missing_ok=True)
                 raise ValueError(f"{n}: {got} bytes came, Kaggle lists {sizes[n]}: run the same command again")
@@ -531,6 +534,19 @@ def download(
             part.replace(folder/n)
         if todo: shutil.rmtree(folder/'.part', ignore_errors=True)
     return [folder/n for n in names]
+
+def _sizes(api, competition, names): # file → bytes, at least of these if they are there
+    sizes,token = {},None
+    while True:
+        r = again(api.competition_list_files, competition, page_token=token, page_size=200)
+        sizes |= {f.name: f.total_bytes for f in r.files}
+        if not (token := r.next_page_token) or set(names) <= set(sizes): return sizes
+
+def _unzip(z, part, name):
+    try:
+        with zipfile.ZipFile(z) as f,f.open(part.name) as a,open(part, 'wb') as b: shutil.copyfileobj(a, b, 1<<22)
+    except (zipfile.BadZipFile, KeyError) as e: raise ValueError(f"{name}: came damaged ({e}): run the same command again") from e
+    finally: z.unlink()
 
 # %% ../nbs/06_kaggle.ipynb #92ae4df2
 def submit(api, path, rules, message:str='', competition:str=COMPETITION)->str: # what Kaggle said
@@ -684,7 +700,7 @@ def _push(names, infer, data, bpps, overrides, hours, accelerator, competition, 
     user,gpu = _user(api, user),accelerator != 'none'
     name = 'infer' if infer else names[0]
     states = [_state(api, n) if api else remembered(n) for n in names] if infer else []
-    spec = new_spec(name, names[0], overrides, hours=hours, gpu=gpu, infer=[s['run'] for s in states] if infer else None)
+    spec = new_spec(name, names[0], overrides, hours, gpu, [s['run'] for s in states] if infer else None)
     keep = dict(data=str(data.absolute()) if data else None, bpps=str((bpps or datamount()/'bpp').absolute()) if data else None, wheels=[str(w.absolute()) for w in wheels],
                 competition=competition, accelerator=accelerator, user=user, kernels=[s['kernel'] for s in states])
     if api and not force: _check_free(api, name)

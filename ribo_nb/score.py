@@ -154,9 +154,7 @@ def score_files(
         y = truth.take(a, b)
         if np.isnan(y).all(): continue
         each = {who: p.take(a, b) for who,(p,_) in preds.items()}
-        for who,p in each.items():
-            if (gone := np.isnan(p).any(1) & ~np.isnan(y).any(1)).any():
-                raise ValueError(f"{preds[who][1]}: {int(gone.sum())} ids of the solution from {a} on are missing or blank, the first is {a+int(gone.argmax())}: the submission is not complete")
+        for who,p in each.items(): _check_complete(preds[who][1], p, y, a)
         if store is not None:
             base.fill(t.sequence)
             each |= {who: np.concatenate(p) for who,p in look_up(fitted, t.sequence.tolist(), base).items()}
@@ -174,6 +172,10 @@ def _add(sums, each, y, t, a, groups):
             w = w[~np.isnan(w).any(1)]
             if len(w):
                 for g in groups(k, s): sums[(who, *g)] += np.r_[w.sum(0), len(w)]
+
+def _check_complete(path, p, y, a):
+    if (gone := np.isnan(p).any(1) & ~np.isnan(y).any(1)).any():
+        raise ValueError(f"{path}: {int(gone.sum())} ids of the solution from {a} on are missing or blank, the first is {a+int(gone.argmax())}: the submission is not complete")
 
 def _check_cover(seqs, test, solution, low, high):
     if seqs.low is None: raise ValueError(f"{test}: has no id_min and id_max: it cannot be matched with the solution")

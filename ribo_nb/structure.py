@@ -105,7 +105,7 @@ def plot_structure(
     ax.add_collection(LineCollection(np.stack([xy[i], xy[p[i]]], 1), colors='#30507a', lw=1, zorder=1))
     cmap = plt.get_cmap('YlOrRd').with_extremes(bad='.9')
     size = (step*72*.82)**2
-    dots = ax.scatter(*xy.T, c=np.ma.masked_invalid(np.asarray(react, float)), cmap=cmap, vmin=0, vmax=1, s=size, ec='.4', lw=.4, zorder=2, plotnonfinite=True)
+    dots = ax.scatter(*xy.T, c=np.asarray(react, float), cmap=cmap, vmin=0, vmax=1, s=size, ec='.4', lw=.4, zorder=2, plotnonfinite=True)
     if step > .06:
         for c,(x,y),r in zip(sequence, xy, np.nan_to_num(react), strict=True):
             ax.text(x, y, c, ha='center', va='center', fontsize=.62*size**.5, color='w' if r > .7 else 'k', zorder=3)
