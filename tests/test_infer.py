@@ -33,7 +33,8 @@ def test_killed_at_any_moment_gives_the_same_file(runs, test_set, tmp_path):
     "SIGKILL and SIGTERM at random moments; what was finished is not computed again; the file equals the uninterrupted one"
     began = time.monotonic()
     assert call(*infer(runs, test_set, tmp_path/'whole.parquet')).returncode == 0
-    whole,rng,codes = time.monotonic()-began,random.Random(1),[]
+    whole,rng,codes,kept = time.monotonic()-began,random.Random(1),[],{}
+    parts = lambda: {f.name: f.stat().st_mtime_ns for f in (tmp_path/'cut.parquet.parts').glob('*.parquet')}
     for k in range(KILLS):
         p = start(*infer(runs, test_set, tmp_path/'cut.parquet'))
         time.sleep(rng.uniform(.5, 1.1)*whole*(.5 + .5*(k % 2)))
@@ -42,14 +43,16 @@ def test_killed_at_any_moment_gives_the_same_file(runs, test_set, tmp_path):
         codes.append(p.returncode)
         assert p.returncode in (-9, -15, 75, 0), said
         if p.returncode == 75: assert 'parts are kept' in said
+        now = parts()
+        assert all(now.get(name, t) == t for name,t in kept.items()), (kept, now)
+        kept = now
         if (tmp_path/'cut.parquet').exists():  # then it is whole, though its parts may not be swept away yet
             assert (tmp_path/'cut.parquet').read_bytes() == (tmp_path/'whole.parquet').read_bytes()
             (tmp_path/'cut.parquet').unlink()
-    parts = {f.name: f.stat().st_mtime_ns for f in (tmp_path/'cut.parquet.parts').glob('*.parquet')}
     assert call(*infer(runs, test_set, tmp_path/'cut.parquet')).returncode == 0
     assert (tmp_path/'cut.parquet').read_bytes() == (tmp_path/'whole.parquet').read_bytes()
     assert not list(tmp_path.glob('*.parts')) and not list(tmp_path.glob('.*')), codes
-    assert check_submission(tmp_path/'cut.parquet', test_set) == len(pd.read_parquet(tmp_path/'whole.parquet')), parts
+    assert check_submission(tmp_path/'cut.parquet', test_set) == len(pd.read_parquet(tmp_path/'whole.parquet'))
 
 def test_shards_order_and_batches_change_nothing(runs, test_set, tmp_path):
     "Two processes of torchrun's kind, shuffled rows, another block size: the same numbers"
