@@ -171,6 +171,7 @@ def _step(run): # the last one in log.jsonl
     log = read_log(run) if (Path(run)/'log.jsonl').exists() else []
     return log[-1]['step'] if log else 0
 
+# %% ../nbs/06_kaggle.ipynb #92bcd3f9
 def begin(
     spec:dict, # what was pushed
     cards:list, # GPUs of this machine
@@ -214,6 +215,7 @@ def _kernel_store(spec, root, scratch):
     if not (out := scratch/'train_data.parquet').exists(): write_store(raw[0], out)
     return out
 
+# %% ../nbs/06_kaggle.ipynb #6577918d
 def _begin_infer(spec, cards, began, root):
     ckpts = []
     for run in spec['infer']:
@@ -226,6 +228,7 @@ def _begin_infer(spec, cards, began, root):
     return SimpleNamespace(ckpt=','.join(ckpts), sequences=str(tests[0]), out=str(root/'working'/'submission.parquet'), bpps=str(root/'temp'/'bpp'), processes=max(1, len(cards)),
                            hours=_hours_left(spec, began))
 
+# %% ../nbs/06_kaggle.ipynb #3f37ea95
 def finish(
     spec:dict,
     metrics:dict, # of train_run; empty after 05_infer
@@ -269,6 +272,7 @@ def kernel_notebook(
         *({k: v for k,v in c.items() if k != 'outputs'} | (dict(outputs=[], execution_count=None) if c['cell_type'] == 'code' else {}) for c in cells[first:]),
         _cell('code', "# the last word\nprint('next:', finish(spec, globals().get('metrics', {}), root))")])
 
+# %% ../nbs/06_kaggle.ipynb #2763a60d
 def slug(name)->str: # as Kaggle makes it of a title
     return re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')
 
@@ -311,6 +315,7 @@ def remembered(name)->dict: # {} when nothing is
     if not isinstance(d, dict) or d.get('version') != 1: raise ValueError(f"{f}: is not of version 1: delete it; `ribo_kaggle push` starts anew")
     return d
 
+# %% ../nbs/06_kaggle.ipynb #4a16cd62
 def _or_absent(f, *args): # None where Kaggle says 403 or 404
     try: return again(f, *args)
     except requests.HTTPError as e:
@@ -340,6 +345,7 @@ def wait_ready(api, ref, number, patience=1800, every=5.):
             bar.update(); bar.set_postfix_str(state); time.sleep(every*pause/2)
     raise ValueError(f"{ref}: version {number} is not ready after {patience/60:.0f} min ({state}): what was sent is not lost, run the same command again")
 
+# %% ../nbs/06_kaggle.ipynb #7d495cf2
 def upload_dataset(
     api,
     folder, # with dataset-metadata.json
@@ -415,6 +421,7 @@ def _pushed(api, ref, nonce):
     k = _kernel(api, ref)
     return (k.metadata.current_version_number,f'https://www.kaggle.com/code/{ref}') if k and nonce in k.blob.source else None
 
+# %% ../nbs/06_kaggle.ipynb #173e8f48
 def kernel_state(api, ref)->tuple: # status in lower case ('' when there is no such kernel), message
     from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
     req = ApiGetKernelSessionStatusRequest()
@@ -439,12 +446,13 @@ def fetch(url, path, tries:int=6)->Path:
             tag.write_text(r.headers.get('ETag') or r.headers.get('Last-Modified') or '')
             whole = have + int(r.headers['Content-Length']) if 'Content-Length' in r.headers else None
             with open(part, 'ab' if have else 'wb') as f,progress(desc=path.name, total=whole, unit='B', initial=have, quiet=(whole or 0) < 1<<22) as bar:
-                for b in r.iter_content(1<<20): f.write(b); bar.update(len(b))
+                for b in r.iter_content(1<<14): f.write(b); bar.update(len(b))
         if whole is not None and part.stat().st_size != whole: raise requests.ConnectionError(f'{part.stat().st_size} of {whole} bytes')
     again(once, tries=tries)
     part.replace(path); tag.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/06_kaggle.ipynb #d0678acb
 def outputs(api, ref)->dict: # file → url, of the newest version that has output
     from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
     files,token = {},''
@@ -472,6 +480,7 @@ def _tail(files):
     lines = [l for l in '\n'.join(text).replace('\\n', '\n').splitlines() if l.strip()][-6:]
     return (': its log ends with\n  ' + '\n  '.join(lines)) if lines else ''
 
+# %% ../nbs/06_kaggle.ipynb #4420c53b
 def pull(
     api,
     state:dict, # what `push` remembers
@@ -609,6 +618,7 @@ def prepare(
     refs = [json.loads((d/'dataset-metadata.json').read_text())['id'] for d in sets]
     return spec,write_kernel(place/'kernel', spec, user, refs, kernels, competition if spec['infer'] is not None or not data else '', accelerator),sets
 
+# %% ../nbs/06_kaggle.ipynb #fd5ea449
 def send(api, spec, kernel, sets, **keep)->str: # the kernel's address
     "Upload what changed, start the kernel, remember it"
     for d in sets: upload_dataset(api, d)
@@ -632,6 +642,7 @@ def _state(api, name):
     if not (s := settled(api, name)): raise ValueError(f"nothing was pushed under the name {name} from {home()}: ribo_kaggle push {name}")
     return s
 
+# %% ../nbs/06_kaggle.ipynb #94c2a61b
 ACTIVE = 'queued','running','new_script','cancel_requested'
 
 def _last(api, s, force, wait, every, patience=900.):
@@ -723,6 +734,7 @@ def _check_free(api, name):
     except ValueError as e: raise ValueError(f"{e}\n`ribo_kaggle continue {name}` goes on with its run, push --force begins anew") from e
     if not r['finished']: raise ValueError(f"{old['kernel']}: its run is not done: `ribo_kaggle continue {name}` goes on, push --force begins anew")
 
+# %% ../nbs/06_kaggle.ipynb #1e20c28d
 @ribo_kaggle.command('continue')
 @_name
 @click.option('--wait', is_flag=True, help='Wait for each session to end, and start the next, until the run is done.')
