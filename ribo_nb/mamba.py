@@ -229,7 +229,8 @@ def sight(
     "How a mask takes effect: in the first layer's convolution, in all others', in attention, and in triangles"
     first = mask.float()
     if not quirks:
-        whole = not isinstance(mask, FakeTensor) and bool(mask.bool().all())  # a fake tensor has no content to look at
+        unseen = isinstance(mask, FakeTensor) or mask.is_cuda and torch.cuda.is_current_stream_capturing()  # no content to look at
+        whole = not unseen and bool(mask.bool().all())
         return first,first,(first == 0)[:,None,None],None if whole else first[:,:,None]*first[:,None]
     later = torch.ones_like(first) if mask.dtype == torch.bool else first.masked_fill(first == 0, -1)
     pair = later[:,:,None]*later[:,None]

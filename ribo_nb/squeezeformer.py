@@ -493,21 +493,27 @@ class Seed32Block(nn.Module):
 
 # %% ../nbs/02_squeezeformer.ipynb #b365ee6c
 class Seed32(nn.Module):
-    "The Squeezeformer of the 32nd place with its masks corrected; batch → predicted reactivity (b l m)"
+    "The Squeezeformer of the 32nd place, with its masks corrected unless `quirks`; batch → predicted reactivity (b l m)"
     def __init__(self, d_model:int=384, n_layer:int=16, n_head:int=8, kernel_size:int=31, dropout:float=.1,
-                 bpp:str='mix', head:str='linear', checkpoint:bool=False):
+                 bpp:str='mix', head:str='linear', quirks:bool=False, checkpoint:bool=False):
         super().__init__()
         check_choices(head=head)
         if bpp not in ('mix','product'): raise ValueError(f"bpp is {bpp!r}, for Seed32 expected one of mix, product")
         self.kind,self.head = nn.Embedding(4, d_model),Head(d_model)
         self.blocks = nn.ModuleList(Seed32Block(d_model, n_head, kernel_size, dropout) for _ in range(n_layer))
         self.mix,self.sigmoid,self.longest,self.checkpoint = bpp == 'mix',head == 'sigmoid',4*d_model**.5,checkpoint
+        self.quirks = quirks
 
     def forward(self, batch):
         seq,bpp,mask = clean(batch)
+        if self.quirks:  # as published: all filled up to 206 nt with A, and nobody knows where the RNA ends
+            l,more = seq.shape[1],max(0, 206 - seq.shape[1])
+            seq,bpp = F.pad(seq, (0, more)),F.pad(bpp, (0, more, 0, more))
+            mask = torch.ones_like(seq, dtype=torch.bool)
         x = self.kind((seq - 1).clamp(min=0))*mask[...,None]  # b l d
         with torch.autocast(x.device.type, enabled=False): x = bpp.to(x.dtype) @ x + x*self.mix
         x = x*(self.longest/x.norm(dim=-1, keepdim=True).clamp(min=self.longest))
         for block in self.blocks: x = again(block, self.checkpoint, x, mask)
         x = self.head(x)  # b l m
+        if self.quirks: x = x[:, :l]
         return x.sigmoid() if self.sigmoid else x

@@ -9,11 +9,11 @@ __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_s
            'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device',
            'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits',
            'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed',
-           'parallel', 'parts_of', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable', 'out_of_memory',
-           'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone',
-           'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run',
-           'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others',
-           'report', 'trains', 'ask_to_stop', 'follow', 'launch']
+           'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable',
+           'out_of_memory', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding', 'check_trainable',
+           'training_rows', 'alone', 'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors',
+           'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch',
+           'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
@@ -88,13 +88,17 @@ class Cfg:
     gru:bool=False # a GRU at the end? (squeezeformer)
     is_good:bool=False # tell the model which profiles are clean? (squeezeformer)
     pair_track:bool=False # a vector for each pair of positions? (mamba; ribonanzanet always)
+    quirks:bool=False # with the published faults? (seed32, ribonanzanet)
     checkpoint:bool=False # keep less for the backward pass, compute it again?
     compile:bool=False # torch.compile; needs a C++ compiler, or a GPU with triton
+    graph:bool=False # on one GPU: record a step once for each shape of batch, then replay it
+    start:str='' # checkpoint whose weights the run begins with; '': random ones
     fold:int=0 # held out for validation; -1: train on everything
     engine:str='native' # of the base-pair probabilities
     engine_params:str='' # first 8 digits of the SHA-256 of its parameter file; '' takes what is found, and a run records it
     weight:str='log1p' # how signal_to_noise weighs a profile in the loss: none | SN_filter | log1p | clip
     flip:bool=True # read half of the RNAs backwards, another half in each epoch
+    one_each:bool=False # of several measurements of a sequence, one in each epoch, not all?
     n_epoch:int=60
     batch_size:int=64 # sequences of `TYPICAL` length: more if they are shorter, fewer if they are longer
     accumulate:int=1 # parts in which a batch is worked off, to save memory
@@ -111,6 +115,7 @@ class Cfg:
     device:str='auto' # auto | cpu | cuda
     seed:int=0
     save_minutes:float=2. # between two checkpoints inside an epoch
+    score_every:int=1 # epochs between two scores of the held-out fold; the last epoch has one in any case
     time_budget:float=0. # hours; stop in time to save, evaluate and write everything; 0: no limit
     tracker:str='none' # none | tensorboard | neptune; log.jsonl is written always
 
@@ -135,11 +140,11 @@ class Cfg:
             if getattr(self, name) != Cfg.__dataclass_fields__[name].default:
                 raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, but {self.model} has no such switch")
 
-_unlike = {'save_minutes','time_budget','tracker'}  # two starts of one run may differ in these
-_switches = {'position','bpp','norm','head','gru','is_good','pair_track'}
+_unlike = {'save_minutes','time_budget','tracker','graph'}  # two starts of one run may differ in these
+_switches = {'position','bpp','norm','head','gru','is_good','pair_track','quirks'}
 _ranges = dict(d_model=(1, 4096), n_layer=(1, 200), n_head=(1, 256), kernel_size=(1, 999), d_state=(1, 4096), d_pair=(1, 4096), dropout=(0, .95), fold=(-1, 999),
-               n_epoch=(1, 10**6), batch_size=(1, 10**6), accumulate=(1, 10**6), ema=(0, 1-1e-9), sgd_epochs=(0, 10**6), sgd_lr=(0, 10), time_budget=(0, 1e5), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4))
-_choices = dict(model=tuple(models), **choices, engine=tuple(engines), weight=('none','SN_filter','log1p','clip'), schedule=('cosine','onecycle'), tracker=('none','tensorboard','neptune'),
+               n_epoch=(1, 10**6), batch_size=(1, 10**6), accumulate=(1, 10**6), ema=(0, 1-1e-9), sgd_epochs=(0, 10**6), sgd_lr=(0, 10), time_budget=(0, 1e5), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4), score_every=(1, 10**6))
+_choices = dict(model=tuple(models), **choices | dict(bpp=(*choices['bpp'], 'product')), engine=tuple(engines), weight=('none','SN_filter','log1p','clip'), schedule=('cosine','onecycle'), tracker=('none','tensorboard','neptune'),
                 precision=('auto','fp32','bf16','fp16'), device=('auto','cpu','cuda'))
 
 # %% ../nbs/04_train.ipynb #76cbb981
@@ -337,7 +342,8 @@ def predict_sequences(
 
 def predict_rows(model, store:Store, bpp, rows)->list:
     "The same for rows of a store"
-    return predict_sequences(model, store.rows.sequence.iloc[rows].tolist(), bpp)
+    many = 128 if next(model.parameters()).is_cuda else 32
+    return predict_sequences(model, store.rows.sequence.iloc[rows].tolist(), bpp, many)
 
 def errors(
     preds:list, # one (l m) array per row
@@ -447,7 +453,8 @@ def make_optimizer(model, cfg, sgd:bool=False):
     "AdamW, or at the end SGD; vectors (norms, biases, scales) are not decayed"
     groups = [dict(params=[p for p in model.parameters() if (p.ndim > 1) == d], weight_decay=cfg.weight_decay*d)
               for d in (True, False)]
-    return torch.optim.SGD(groups, lr=cfg.sgd_lr, momentum=.9) if sgd else torch.optim.AdamW(groups, lr=cfg.lr, betas=(.9, .98))
+    if sgd: return torch.optim.SGD(groups, lr=cfg.sgd_lr, momentum=.9)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(.9, .98), fused=next(model.parameters()).is_cuda and not cfg.shard)
 
 def gathered(x)->Tensor: # all of a tensor of which other processes may hold parts
     return x.full_tensor() if hasattr(x, 'full_tensor') else x
@@ -502,12 +509,11 @@ def parts_of(batch, k):
         l = int(batch['mask'][at].sum(1).max())
         yield {n: v[at] if v.shape[1:2] != batch['mask'].shape[1:] else v[at,:l,:l] if n == 'bpp' else v[at,:l] for n,v in batch.items()}
 
-def train_step(net, opt, scaler, batch, cfg, dtype, parts=1):
-    "One optimizer step → (loss of each modifier, gradient norm, was it taken?); `net` is what `parallel` returned"
+def backward(net, scaler, batch, cfg, dtype, parts=1)->Tensor: # loss of each modifier (m)
+    "Forward and backward pass of a batch; what it says is added to the gradients that are there"
     device,n = batch['seq'].device.type,world()[1]
     weight = sn_weight(batch, cfg.weight)
     total,loss = summed((~batch['react'].isnan()*weight[:,None]).sum()),torch.zeros(len(MODS), device=device)
-    opt.zero_grad(set_to_none=True)
     todo = list(parts_of(batch | dict(weight=weight), parts))
     for k,part in enumerate(todo):
         wait = k + 1 < len(todo)  # other processes need only know the sum of all parts
@@ -517,6 +523,36 @@ def train_step(net, opt, scaler, batch, cfg, dtype, parts=1):
             l = masked_mae(pred, part['react'], part['weight'], total)
             scaler.scale(l.sum()*n).backward()  # what comes from several processes is averaged
         loss += l.detach()
+    return loss
+
+class Replay:
+    "`backward`, recorded as a CUDA graph once for each shape of batch: no time goes into starting thousands of kernels"
+    def __init__(self, *args, most=12): # arguments of `backward` around the batch: net, scaler, cfg, dtype
+        self.args,self.most,self.seen,self.kept,self.pool = args,most,{},{},torch.cuda.graph_pool_handle()
+
+    def __call__(self, batch)->Tensor|None: # None: a shape too rare to record; do it yourself
+        shape = tuple(batch['seq'].shape)
+        self.seen[shape] = self.seen.get(shape, 0) + 1
+        if shape not in self.kept:
+            if self.seen[shape] < 3 or len(self.kept) == self.most: return None
+            self.kept[shape] = self.record({k: v.clone() for k,v in batch.items()})
+        graph,own,loss = self.kept[shape]
+        for k,v in own.items(): v.copy_(batch[k])
+        graph.replay()
+        return loss
+
+    def record(self, batch):
+        (net,scaler,cfg,dtype),graph = self.args,torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode='thread_local'):  # another thread loads meanwhile
+            loss = backward(net, scaler, batch, cfg, dtype)
+        return graph,batch,loss
+
+def train_step(net, opt, scaler, batch, cfg, dtype, parts=1, replay=None):
+    "One optimizer step → (loss of each modifier, gradient norm, was it taken?); `net` is what `parallel` returned"
+    opt.zero_grad(set_to_none=replay is None)  # a recorded step adds to gradients where they are
+    loss = replay(batch) if replay and parts == 1 else None
+    if loss is None: loss = backward(net, scaler, batch, cfg, dtype, parts)
     scaler.unscale_(opt)
     norm,loss = gathered(nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad)),summed(loss)
     good = bool(norm.isfinite() & loss.isfinite().all())
@@ -668,9 +704,11 @@ class Trainer:
         self.deadline,self.tell,self.log_every,self.reserve = deadline,tell,log_every,OUTPUTS
         self.device,self.dtype = resolve(cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.rows,self.valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
+        self.valid,self.rows = held_out(store, cfg.fold),training_rows(store, cfg)
         self.length = store.rows.sequence.str.len().to_numpy()[self.rows]
         self.net = parallel(cfg, model)
+        recorded = cfg.graph and self.device.type == 'cuda' and world()[1] == 1
+        self.replay = Replay(self.net, self.scaler, cfg, self.dtype) if recorded else None
         self.opt,self.avg,self.pos = _load_last(self)
         self.per_epoch,self.epochs = len(self.batches(0)),cfg.n_epoch + cfg.sgd_epochs
         self.clock = self.saved = time.monotonic()
@@ -681,8 +719,9 @@ class Trainer:
     def load(self, epoch):
         "The batches of an epoch that are left, on the device"
         flips = random_flips(len(self.store), self.cfg.seed, epoch) if self.cfg.flip else None
+        chosen = training_rows(self.store, self.cfg, epoch)
         def get(at):
-            rows = self.rows[at if len(at) else [0]]
+            rows = chosen[at if len(at) else [0]]
             batch = training_batch(self.store, rows, lambda s, flip=None: self.bpp(s, flip, self.device), flips if flips is None else flips[rows])
             if not len(at): batch['react'].fill_(torch.nan)  # this process has no share in the batch, and keeps step
             return to_device(batch, self.device)
@@ -694,7 +733,7 @@ class Trainer:
         for g in self.opt.param_groups: g['lr'] = lr_at(pos.step, cfg.n_epoch*self.per_epoch, cfg)
         while True:
             rng = _random(self.device)
-            try: loss,norm,good = train_step(self.net.train(), self.opt, self.scaler, batch, cfg, self.dtype, pos.parts); break
+            try: loss,norm,good = train_step(self.net.train(), self.opt, self.scaler, batch, cfg, self.dtype, pos.parts, self.replay); break
             except RuntimeError as e:
                 if not out_of_memory(e) or pos.parts >= len(batch['seq']) or world()[1] > 1: raise
             pos.parts *= 2
@@ -741,18 +780,19 @@ class Trainer:
         return self.known[1]
 
     def end_epoch(self):
-        "Score the held-out fold, save, and let SGD take over where its time has come"
+        "Score the held-out fold and save, where that is due; let SGD take over where its time has come"
         start,pos = time.monotonic(),self.pos
         pos.epoch += 1; pos.at = 0
-        if len(self.valid) and not pos.in_row:  # a model that is not finite just now has no score
+        scored = pos.epoch % self.cfg.score_every == 0 or pos.epoch == self.epochs
+        if scored and len(self.valid) and not pos.in_row:  # a model that is not finite just now has no score
             preds = self.predictions()
             if not world()[0]:
                 mae = score(errors(preds, self.store, self.valid))
                 self.log(dict(step=pos.step, epoch=pos.epoch, mae=mae['official']) | {f'mae_{m}': mae[m] for m in MODS} | pos.costs())
         if pos.epoch == self.cfg.n_epoch and self.cfg.sgd_epochs: self.opt,self.avg = make_optimizer(self.model, self.cfg, True),Average(self.model)
-        self.save()
+        if scored or start - self.saved > 60*self.cfg.save_minutes: self.save()
         self.clock = time.monotonic()
-        self.reserve = OUTPUTS + 2*(self.clock - start)
+        if scored: self.reserve = OUTPUTS + 2*(self.clock - start)
 
     def give_up(self, batch):
         path = self.out/'snapshot.pt'
@@ -864,6 +904,13 @@ def check_trainable(store:Store, cfg:Cfg):
         raise ValueError(f"{store.path}: its pseudo-labels are the predictions of models that held out fold {made}, and knew "
                          f"fold {cfg.fold}: hold out fold {made} here as well")
 
+def training_rows(store, cfg, epoch=0)->np.ndarray: # row numbers; in each epoch as many, and of the same lengths
+    "What an epoch reads: all rows outside the held-out fold or, with `one_each`, one of each sequence"
+    rows = np.flatnonzero(store.rows.fold != cfg.fold)
+    if not cfg.one_each: return rows
+    rows = np.random.default_rng([cfg.seed, epoch, 2]).permutation(rows)
+    return rows[np.unique(pd.factorize(store.rows.sequence)[0][rows], return_index=True)[1]]
+
 @contextmanager
 def alone(out):
     "Nobody else trains in this run folder meanwhile; ValueError when somebody does"
@@ -883,6 +930,7 @@ def train_run(
     out=None, # run folder; default: datamount/runs/run
     bpps=None, # folder of the BPP store; default: datamount/bpp
     show=lambda log: None, # called with the log after each epoch, e.g. to draw it
+    brief:bool=False, # leave out the lookups and the figures, when there are many short runs?
 )->dict: # the metrics, also in metrics.json; empty in other processes than the first
     "One run from beginning to end, or from where it stopped to the end"
     deadline = time.monotonic() + .95*3600*cfg.time_budget if cfg.time_budget else math.inf
@@ -896,10 +944,10 @@ def train_run(
         with tracking(cfg, out) as sink:
             trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
             finished = trainer.run()
-            metrics = measure(trainer) | dict(finished=finished)
+            metrics = measure(trainer, brief) | dict(finished=finished)
             if not first: return {}
             with atomic(out/'metrics.json') as p: p.write_text(json.dumps(metrics, indent=1))
-            draw_run(trainer, metrics)
+            if not brief: draw_run(trainer, metrics)
             sink(metrics.get('scores', {}).get(cfg.model, {}) | dict(step=trainer.pos.step, files=sorted(map(str, out.glob('*.png')))))
     return metrics
 
@@ -912,7 +960,10 @@ def _folded(store, bpp):
 
 def _fresh(cfg):
     "A model with its first weights, where it will be trained"
-    model = build(cfg).to(resolve(cfg)[0])
+    model = build(cfg)
+    if cfg.start:
+        with fits(cfg.start): model.load_state_dict(load_checkpoint(cfg.start)['model'])
+    model.to(resolve(cfg)[0])
     torch.manual_seed(cfg.seed + world()[0])  # each process drops something else
     if cfg.compile: compile_blocks(model)
     return model
@@ -934,7 +985,7 @@ def record(cfg, store, out):
                              f"folder") from e
         for k in new:
             check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike)
-    length,epochs = store.rows.sequence.str.len().to_numpy()[store.rows.fold != cfg.fold],cfg.n_epoch + cfg.sgd_epochs
+    length,epochs = store.rows.sequence.str.len().to_numpy()[training_rows(store, cfg)],cfg.n_epoch + cfg.sgd_epochs
     status = dict(pid=os.getpid(), host=socket.gethostname(), processes=world()[1], sequences=len(length)*epochs,
                   steps=epochs*len(epoch_batches(length, cfg.tokens, cfg.seed)))
     for name,what in (('cfg.json', new), ('status.json', status)):
@@ -942,7 +993,7 @@ def record(cfg, store, out):
     start = dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), **status, code=_code_version(), **_environment())
     with open(out/'starts.jsonl', 'a') as f: f.write(json.dumps(start) + '\n')
 
-def measure(trainer)->dict: # empty in other processes than the first
+def measure(trainer, brief=False)->dict: # empty in other processes than the first
     "What a run has come to: the metrics, and errors.parquet with each held-out sequence's share in them"
     cfg,store,valid = trainer.cfg,trainer.store,trainer.valid
     metrics = dict(model=cfg.model, parameters=n_parameters(trainer.model), data=store.path.name, fold=cfg.fold, code=_code_version(),
@@ -951,7 +1002,7 @@ def measure(trainer)->dict: # empty in other processes than the first
     if preds := trainer.predictions():
         t = errors(preds, store, valid)
         with atomic(trainer.out/'errors.parquet') as p: t.to_parquet(p, index=False)
-        known = baselines(store, trainer.rows[store.rows.fold.to_numpy()[trainer.rows] >= 0], store.rows.sequence.iloc[valid].tolist(), trainer.bpp)
+        known = {} if brief else baselines(store, trainer.rows[store.rows.fold.to_numpy()[trainer.rows] >= 0], store.rows.sequence.iloc[valid].tolist(), trainer.bpp)
         scores = {cfg.model: score(t)} | {k: score(errors(p, store, valid)) for k,p in known.items()}
         return metrics | dict(scores=scores, by=score_by(t))
     return {}
