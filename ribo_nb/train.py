@@ -17,7 +17,7 @@ __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_s
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
-import click,numpy as np,pandas as pd,torch
+import click,numpy as np,pandas as pd,ribo_nb,torch
 import matplotlib.pyplot as plt,seaborn as sns
 from contextlib import contextmanager,nullcontext
 from datetime import datetime,timezone
@@ -514,7 +514,7 @@ def backward(net, scaler, batch, cfg, dtype, parts=1)->Tensor: # loss of each mo
     device,n = batch['seq'].device.type,world()[1]
     weight = sn_weight(batch, cfg.weight)
     total,loss = summed((~batch['react'].isnan()*weight[:,None]).sum()),torch.zeros(len(MODS), device=device)
-    todo = list(parts_of(batch | dict(weight=weight), parts))
+    todo = [batch | dict(weight=weight)] if parts == 1 else list(parts_of(batch | dict(weight=weight), parts))
     for k,part in enumerate(todo):
         wait = k + 1 < len(todo)  # other processes need only know the sum of all parts
         if cfg.shard and n > 1: net.set_requires_gradient_sync(not wait)
@@ -534,8 +534,13 @@ class Replay:
         shape = tuple(batch['seq'].shape)
         self.seen[shape] = self.seen.get(shape, 0) + 1
         if shape not in self.kept:
-            if self.seen[shape] < 3 or len(self.kept) == self.most: return None
-            self.kept[shape] = self.record({k: v.clone() for k,v in batch.items()})
+            if self.seen[shape] < 3 or len(self.kept) >= self.most: return None
+            try: self.kept[shape] = self.record({k: v.clone() for k,v in batch.items()})
+            except RuntimeError as e:
+                if out_of_memory(e): raise
+                self.most = 0
+                click.echo(f'steps of {shape[0]} × {shape[1]} nt cannot be recorded ({str(e).splitlines()[0]}); going on without', err=True)
+                return None
         graph,own,loss = self.kept[shape]
         for k,v in own.items(): v.copy_(batch[k])
         graph.replay()
@@ -970,8 +975,8 @@ def _fresh(cfg):
 
 def _environment():
     "What a run's outcome may depend on beside its configuration and its data"
-    packages = 'ribo_nb','torch','numpy','numba','pandas','pyarrow'
-    return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads()) | {p: version(p) for p in packages} | (
+    packages = 'torch','numpy','numba','pandas','pyarrow'
+    return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads(), ribo_nb=ribo_nb.__version__) | {p: version(p) for p in packages} | (
         dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
 
 def record(cfg, store, out):

@@ -5,7 +5,7 @@ import pytest,torch
 from ribo_nb import mamba
 from ribo_nb.mamba import ssd_dense
 from ribo_nb.squeezeformer import check_contract,toy_batch
-from ribo_nb.train import build,cfgs,compile_blocks
+from ribo_nb.train import Replay,build,cfgs,compile_blocks,make_optimizer,train_step
 from helpers import env
 
 small = dict(d_model=32, n_layer=2, n_head=4, d_state=8, d_pair=16)
@@ -76,3 +76,33 @@ def test_gpu_equals_cpu(name):
     a,b = build(cfg).eval(),build(cfg).eval().cuda()
     batch = toy_batch((177, 90))
     with torch.no_grad(): torch.testing.assert_close(b({k: v.cuda() for k,v in batch.items()}).cpu(), a(batch), atol=1e-4, rtol=0)
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name', ['cfg_0','cfg_mamba','cfg_seed32'])
+def test_replayed_steps_equal_eager(name):
+    "Recorded once, replayed with other batches: the same losses and weights as step by step"
+    cfg,runs = replace(cfgs[name], **small, dropout=0., precision='fp32', lr=1e-4),[]
+    for graph in (False, True):
+        net = build(cfg).cuda().train()
+        opt,scaler = make_optimizer(net, cfg),torch.amp.GradScaler('cuda', enabled=False)
+        replay,losses = Replay(net, scaler, cfg, torch.float32) if graph else None,[]
+        for seed in range(6):
+            torch.manual_seed(seed)
+            b = toy_batch((61, 40), seed=seed) | dict(react=torch.rand(2, 61, 2), sn=torch.full((2, 2), 5.), SN_filter=torch.ones(2, 2, dtype=torch.bool))
+            losses += train_step(net, opt, scaler, {k: v.cuda() for k,v in b.items()}, cfg, torch.float32, replay=replay)[0]
+        assert not graph or len(replay.kept) == 1
+        runs.append((torch.tensor(losses), {k: v.cpu() for k,v in net.state_dict().items() if 'running' not in k}))
+    torch.testing.assert_close(runs[0][0], runs[1][0], atol=1e-4, rtol=0)
+    for k,v in runs[0][1].items(): torch.testing.assert_close(v, runs[1][1][k], atol=1e-3, rtol=0, msg=k)
+
+def test_seed32_as_published_leaks_padding_and_ours_does_not():
+    "The published network's prediction depends on the 206 nt that it fills up to; both shapes fit"
+    cfg = replace(cfgs['cfg_seed32'], **{k: v for k,v in small.items() if k not in ('d_state','d_pair')}, dropout=0.)
+    literal,ours = build(replace(cfg, bpp='product', quirks=True)).eval(),build(cfg).eval()
+    with torch.no_grad():
+        short,long = (m(toy_batch((40,))) for m in (literal, ours))
+        assert short.shape == long.shape == (1, 40, 2)
+        seen = []
+        literal.blocks[0].register_forward_pre_hook(lambda m, a: seen.append((a[0].shape[1], bool(a[1].all()))))
+        literal(toy_batch((40,)))
+    assert seen == [(206, True)]

@@ -257,3 +257,26 @@ class Bomb:
     "Unpickled, it creates a file"
     def __init__(self, path): self.path = str(path)
     def __reduce__(self): return open,(self.path, 'w')
+
+def test_one_measurement_of_each_sequence_another_in_the_next_epoch(mount):
+    import numpy as np
+    from ribo_nb.data import Store
+    from ribo_nb.train import training_rows
+    store,cfg = Store(mount/'store.parquet'),make_cfg('cfg_demo', dict(one_each=True, fold=0))
+    a,b = (training_rows(store, cfg, e) for e in (0, 1))
+    seqs = [store.rows.sequence.iloc[r].tolist() for r in (a, b)]
+    assert seqs[0] == seqs[1] and len(set(seqs[0])) == len(seqs[0])  # each once, batches stay as they are
+    assert set(seqs[0]) == set(store.rows.sequence[store.rows.fold != 0]) and (a != b).any()
+    assert np.array_equal(a, training_rows(store, cfg, 0))
+
+def test_start_from_weights_and_scores_only_where_due(mount, tmp_path):
+    tiny = json.loads(TINY)
+    train_run(make_cfg('cfg_demo', tiny | dict(n_epoch=1)), mount/'store.parquet', tmp_path/'a', mount/'bpp', brief=True)
+    go_on = tiny | dict(n_epoch=3, start=str(tmp_path/'a'/'best.pt'), lr=1e-9, score_every=2)
+    m = train_run(make_cfg('cfg_demo', go_on), mount/'store.parquet', tmp_path/'b', mount/'bpp', brief=True)
+    a,b = weights(tmp_path/'a'),weights(tmp_path/'b')
+    assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)  # such a small rate changes nothing
+    assert [l['epoch'] for l in log(tmp_path/'b') if 'mae' in l] == [2, 3]  # every second epoch, and the last
+    assert list(m['scores']) == ['squeezeformer'] and not list((tmp_path/'b').glob('*.png'))  # brief
+    with pytest.raises(ValueError, match='does not fit'):
+        train_run(make_cfg('cfg_demo', go_on | dict(d_model=32)), mount/'store.parquet', tmp_path/'c', mount/'bpp')

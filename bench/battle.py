@@ -1,0 +1,87 @@
+"""The battle: all models on the same folds with the same budget, what each switch is worth, and the weights that ship.
+
+    python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet
+    python bench/battle.py run                    # everything, on one GPU; killed? the same command goes on
+    python bench/battle.py run --table main       # one question
+    python bench/battle.py ship                   # → ribo_nb/weights
+    python bench/battle.py report                 # → bench/battle/results.json, errors.parquet, tables and figures
+"""
+import os
+from pathlib import Path
+import click,numpy as np,pandas as pd,torch
+from ribo_nb.battle import battle_stores,collect,lookups,parallel_work,plan,plot_ablation,ship,speed,table_of
+from ribo_nb.bpp import native_params
+from ribo_nb.data import datamount
+
+here = Path(__file__).parent/'battle'
+os.environ['ETERNAFOLD_PARAMETERS'] = str(native_params('1421e89c'))  # those in ribo_nb/weights: every run folds with EternaFold's
+
+@click.group(help=__doc__)
+@click.option('--folder', type=click.Path(path_type=Path), help='Stores, runs and predictions.  [default: datamount/battle]')
+@click.pass_context
+def main(ctx, folder): ctx.obj = folder or datamount()/'battle'
+
+@main.command()
+@click.argument('raw')
+@click.option('--groups', help='Table with sequence_id and cluster: families that must not straddle folds, beside our own.')
+@click.option('--1m7', 'm7', help='Store whose first profile is 1M7, not 2A3: to pretrain on, never to score.')
+@click.option('--more', help='Text file of sequences that nobody has measured, for pseudo-labels.')
+@click.pass_obj
+def prepare(folder, raw, groups, m7, more):
+    "RAW, Kaggle's wide table, → folds.parquet, library.parquet, length.parquet"
+    click.echo(battle_stores(raw, groups, folder).rows.fold.value_counts().to_string())
+    for source,name in ((m7, '1M7.parquet'), (more, 'more.txt')):
+        if source: (folder/name).write_bytes(Path(source).read_bytes())
+    if groups: (folder/'groups.parquet').write_bytes(Path(groups).read_bytes())
+
+@main.command()
+@click.option('--table', multiple=True, help='Only these tables of the plan.')
+@click.option('--hours', default=12., show_default=True, help='Runs stop in time.')
+@click.option('--workers', default=2, show_default=True, help='Runs at the same time.')
+@click.pass_obj
+def run(folder, table, hours, workers):
+    "Train what has not been trained yet"
+    jobs = [j for j in plan() if not table or j.table in table]
+    if gone := sorted({f'{j.data}.parquet' for j in jobs if not j.data.startswith('pseudo')} - {p.name for p in folder.glob('*.parquet')}):
+        click.echo(f"{folder}: no {', '.join(gone)}: their runs are left out (see prepare --help)", err=True)
+        jobs = [j for j in jobs if f'{j.data}.parquet' not in gone]
+    parallel_work(jobs, folder, 3600*hours, workers)
+
+@main.command('ship')
+@click.option('--out', default=str(Path(__file__).parents[1]/'ribo_nb'/'weights'), type=click.Path(path_type=Path))
+@click.pass_obj
+def ship_(folder, out):
+    "Half-precision weights of the final runs, their ensemble and its error bars"
+    t = ship(folder, out)
+    here.mkdir(exist_ok=True)
+    t.to_csv(here/'shipped.csv')
+    click.echo(t.round(4).to_string())
+
+@main.command()
+@click.pass_obj
+def report(folder):
+    "Results of all finished runs, beside the lookups"
+    groups = folder/'groups.parquet'
+    results = collect(folder, here, groups if groups.exists() else None)
+    lookups(folder).to_csv(here/'lookups.csv', index=False)
+    errors = pd.read_parquet(here/'errors.parquet')
+    for t in results.table.unique():
+        if results[results.table == t].official.notna().any(): click.echo(f'\n{t}\n' + table_of(results, errors, t, 'cfg_0' if t in ('main','families') else None).to_string())
+    if (results.table == 'ablation').sum() > 1: plot_ablation(results, errors).savefig(here/'ablation.png', dpi=120)
+
+@main.command('speed')
+@click.option('--length', default=170, show_default=True)
+@click.option('--batch', default=32, show_default=True)
+@click.option('--rounds', default=7, show_default=True)
+def speed_(length, batch, rounds):
+    "Sequences per second in training and inference, one configuration after the other, alone on the device"
+    torch.set_num_threads(1)
+    ways = {j.what: j.cfg for j in plan() if j.table in ('main','final') and j.k == 0}
+    rows = {k: speed(c, length, batch, rounds=rounds) for k,c in ways.items()}
+    t = pd.DataFrame(rows).T.drop(columns='loss').astype(float).round(1)
+    here.mkdir(exist_ok=True)
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU, one thread'
+    t.assign(device=kind, length=length, batch=batch).to_csv(here/f"speed-{'gpu' if torch.cuda.is_available() else 'cpu'}.csv")
+    click.echo(f'{kind}, {length} nt × {batch}\n{t.to_string()}')
+
+if __name__ == '__main__': main()
