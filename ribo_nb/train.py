@@ -10,8 +10,8 @@ __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_s
            'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits',
            'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed',
            'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable',
-           'out_of_memory', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding', 'check_trainable',
-           'training_rows', 'alone', 'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors',
+           'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding',
+           'check_trainable', 'alone', 'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors',
            'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch',
            'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow', 'launch']
 
@@ -692,6 +692,14 @@ def stoppable():
 
 def out_of_memory(e): return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e)
 
+# %% ../nbs/04_train.ipynb #17a7b5cf
+def training_rows(store, cfg, epoch=0)->np.ndarray: # row numbers; in each epoch as many, and of the same lengths
+    "What an epoch reads: all rows outside the held-out fold or, with `one_each`, one of each sequence"
+    rows = np.flatnonzero(store.rows.fold != cfg.fold)
+    if not cfg.one_each: return rows
+    rows = np.random.default_rng([cfg.seed, epoch, 2]).permutation(rows)
+    return rows[np.unique(pd.factorize(store.rows.sequence)[0][rows], return_index=True)[1]]
+
 # %% ../nbs/04_train.ipynb #3af7cec8
 class Trainer:
     "A run while it trains; leaves log.jsonl, last.pt, prev.pt and at the end best.pt in `out`"
@@ -908,13 +916,6 @@ def check_trainable(store:Store, cfg:Cfg):
     if (made := store.meta.get('pseudo', {}).get('fold', cfg.fold)) != cfg.fold:
         raise ValueError(f"{store.path}: its pseudo-labels are the predictions of models that held out fold {made}, and knew "
                          f"fold {cfg.fold}: hold out fold {made} here as well")
-
-def training_rows(store, cfg, epoch=0)->np.ndarray: # row numbers; in each epoch as many, and of the same lengths
-    "What an epoch reads: all rows outside the held-out fold or, with `one_each`, one of each sequence"
-    rows = np.flatnonzero(store.rows.fold != cfg.fold)
-    if not cfg.one_each: return rows
-    rows = np.random.default_rng([cfg.seed, epoch, 2]).permutation(rows)
-    return rows[np.unique(pd.factorize(store.rows.sequence)[0][rows], return_index=True)[1]]
 
 @contextmanager
 def alone(out):
