@@ -2,7 +2,7 @@
 
     python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet
     python bench/battle.py run                    # everything, on one GPU; killed? the same command goes on
-    python bench/battle.py run --table main       # one question
+    python bench/battle.py run --table main       # one question; RibonanzaNet starves what runs beside it: --workers 1
     python bench/battle.py ship                   # → ribo_nb/weights
     python bench/battle.py report                 # → bench/battle/results.json, errors.parquet, tables and figures
 """
@@ -63,7 +63,7 @@ def report(folder):
     "Results of all finished runs, beside the lookups"
     groups = folder/'groups.parquet'
     results = collect(folder, here, groups if groups.exists() else None)
-    lookups(folder).to_csv(here/'lookups.csv', index=False)
+    if not (here/'lookups.csv').exists(): lookups(folder).to_csv(here/'lookups.csv', index=False)  # minutes of folding by ViennaRNA
     errors = pd.read_parquet(here/'errors.parquet')
     for t in results.table.unique():
         if results[results.table == t].official.notna().any(): click.echo(f'\n{t}\n' + table_of(results, errors, t, 'cfg_0' if t in ('main','families') else None).to_string())
