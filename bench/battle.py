@@ -2,6 +2,7 @@
 
     python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet
     python bench/battle.py run                    # everything, on one GPU; killed? the same command goes on
+    python bench/battle.py run --table sibling --table final --threads 1  # what ships, on two cores: 2.5 hours
     python bench/battle.py run --table main       # one question; RibonanzaNet starves what runs beside it: --workers 1
     python bench/battle.py ship                   # → ribo_nb/weights
     python bench/battle.py report                 # → bench/battle/results.json, errors.parquet, tables and figures
@@ -9,7 +10,7 @@
 import os
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
-from ribo_nb.battle import battle_stores,collect,lookups,parallel_work,plan,plot_ablation,ship,speed,table_of
+from ribo_nb.battle import battle_stores,collect,floors,lookups,more_data,parallel_work,plan,plot_ablation,ship,speed,table_of
 from ribo_nb.bpp import native_params
 from ribo_nb.data import datamount
 
@@ -24,23 +25,24 @@ def main(ctx, folder): ctx.obj = folder or datamount()/'battle'
 @main.command()
 @click.argument('raw')
 @click.option('--groups', help='Table with sequence_id and cluster: families that must not straddle folds, beside our own.')
-@click.option('--1m7', 'm7', help='Store whose first profile is 1M7, not 2A3: to pretrain on, never to score.')
-@click.option('--more', help='Text file of sequences that nobody has measured, for pseudo-labels.')
+@click.option('--1m7', 'm7', help='Table of 1M7 profiles, in the same format: to pretrain on, never to score.')
+@click.option('--more', multiple=True, help='Tables with a column `sequence`, for pseudo-labels.')
 @click.pass_obj
 def prepare(folder, raw, groups, m7, more):
-    "RAW, Kaggle's wide table, → folds.parquet, library.parquet, length.parquet"
+    "RAW, Kaggle's wide table, → the stores of the battle"
     click.echo(battle_stores(raw, groups, folder).rows.fold.value_counts().to_string())
-    for source,name in ((m7, '1M7.parquet'), (more, 'more.txt')):
-        if source: (folder/name).write_bytes(Path(source).read_bytes())
+    if m7: more_data(folder, m7, more)
     if groups: (folder/'groups.parquet').write_bytes(Path(groups).read_bytes())
 
 @main.command()
 @click.option('--table', multiple=True, help='Only these tables of the plan.')
 @click.option('--hours', default=12., show_default=True, help='Runs stop in time.')
 @click.option('--workers', default=2, show_default=True, help='Runs at the same time.')
+@click.option('--threads', default=0, help="CPU threads of each.  [default: torch's]")
 @click.pass_obj
-def run(folder, table, hours, workers):
+def run(folder, table, hours, workers, threads):
     "Train what has not been trained yet"
+    if threads: os.environ['OMP_NUM_THREADS'] = str(threads)
     jobs = [j for j in plan() if not table or j.table in table]
     if gone := sorted({f'{j.data}.parquet' for j in jobs if not j.data.startswith('pseudo')} - {p.name for p in folder.glob('*.parquet')}):
         click.echo(f"{folder}: no {', '.join(gone)}: their runs are left out (see prepare --help)", err=True)
@@ -52,10 +54,10 @@ def run(folder, table, hours, workers):
 @click.pass_obj
 def ship_(folder, out):
     "Half-precision weights of the final runs, their ensemble and its error bars"
-    t = ship(folder, out)
+    t = ship(folder, out, folder/'groups.parquet')
     here.mkdir(exist_ok=True)
-    t.to_csv(here/'shipped.csv')
-    click.echo(t.round(4).to_string())
+    t.to_csv(here/'shipped.csv', index=False)
+    click.echo(t.round(4).to_string(index=False))
 
 @main.command()
 @click.pass_obj
@@ -64,9 +66,10 @@ def report(folder):
     groups = folder/'groups.parquet'
     results = collect(folder, here, groups if groups.exists() else None)
     if not (here/'lookups.csv').exists(): lookups(folder).to_csv(here/'lookups.csv', index=False)  # minutes of folding by ViennaRNA
+    if not (here/'floors.csv').exists() and groups.exists(): floors(folder, groups).to_csv(here/'floors.csv', index_label='part')
     errors = pd.read_parquet(here/'errors.parquet')
     for t in results.table.unique():
-        if results[results.table == t].official.notna().any(): click.echo(f'\n{t}\n' + table_of(results, errors, t, 'cfg_0' if t in ('main','families') else None).to_string())
+        if results[results.table == t].official.notna().any(): click.echo(f'\n{t}\n' + table_of(results, errors, t, 'cfg_0' if t in ('main','families','scaled') else None).to_string())
     if (results.table == 'ablation').sum() > 1: plot_ablation(results, errors).savefig(here/'ablation.png', dpi=120)
 
 @main.command('speed')
@@ -76,7 +79,7 @@ def report(folder):
 def speed_(length, batch, rounds):
     "Sequences per second in training and inference, one configuration after the other, alone on the device"
     torch.set_num_threads(1)
-    ways = {j.what: j.cfg for j in plan() if j.table in ('main','final') and j.k == 0}
+    ways = {j.what: j.cfg for j in plan() if j.table in (('main','final') if torch.cuda.is_available() else ('scaled','final')) and j.k == 0}
     rows = {k: speed(c, length, batch, rounds=rounds) for k,c in ways.items()}
     t = pd.DataFrame(rows).T.drop(columns='loss').astype(float).round(1)
     here.mkdir(exist_ok=True)

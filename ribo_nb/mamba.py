@@ -459,13 +459,13 @@ class FusedLayer(nn.Module):
 class RibonanzaMamba(nn.Module):
     "Batch → predicted reactivity (b l m)"
     def __init__(self, d_model:int=192, n_layer:int=12, n_head:int=8, d_state:int=32, pair_track:bool=False,
-                 d_pair:int=64, dropout:float=.1, checkpoint:bool=False):
+                 d_pair:int=64, dropout:float=.1, head:str='linear', checkpoint:bool=False):
         super().__init__()
         self.checkpoint,self.embed,args = checkpoint,Embed(d_model),(d_model, n_head, d_pair, 0, dropout)
         self.pairs = nn.ModuleList([OuterProduct(d_model, d_pair), RelativePosition(d_pair)] if pair_track else [])
         rests = [*(PairLayer(*args) for _ in range(n_layer-1)), SequenceTrack(*args)] if pair_track else n_layer*[None]
         self.layers = nn.ModuleList(FusedLayer(d_model, n_head, d_state, dropout, rest) for rest in rests)
-        self.norm,self.head = nn.LayerNorm(d_model),Head(d_model)
+        self.norm,self.head = nn.LayerNorm(d_model),Head(d_model, head)
 
     def forward(self, batch):
         seq,bpp,mask = clean(batch)

@@ -12,6 +12,7 @@ __all__ = ['choices', 'check_choices', 'clean', 'Embed', 'toy_batch', 'IsGood', 
 
 # %% ../nbs/02_squeezeformer.ipynb #ed776420
 import copy,torch,torch.nn.functional as F
+from contextlib import nullcontext
 from einops import rearrange
 from torch import Tensor,nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -192,9 +193,10 @@ class DepthwiseConv(nn.Conv1d):
 
     @torch.compiler.disable  # it would make a convolution anew for each length
     def forward(self, x):
-        x = rearrange(x, 'b l d -> b d 1 l')
-        return rearrange(F.conv2d(x, self.weight[:,:,None], self.bias, padding='same', groups=self.groups),
-                         'b d 1 l -> b l d')
+        x,safe = rearrange(x, 'b l d -> b d 1 l'),x.device.type == 'cpu' and self.groups == 16
+        with torch.autocast('cpu', enabled=False) if safe else nullcontext():  # oneDNN never returns from 16 channels in bf16
+            x = F.conv2d(x.float() if safe else x, self.weight[:,:,None], self.bias, padding='same', groups=self.groups)
+        return rearrange(x, 'b d 1 l -> b l d')
 
 # %% ../nbs/02_squeezeformer.ipynb #6e22481a
 class GatedConv(nn.Module):
@@ -271,9 +273,14 @@ def again(block, checkpoint, *args):
 
 class Head(nn.Linear):
     "From the last layer to the modifiers, fp32; (b l d) → (b l m)"
-    def __init__(self, d_model): super().__init__(d_model, 2)
+    def __init__(self, d_model, kind='linear'): # linear | sigmoid, which keeps predictions between 0 and 1
+        super().__init__(d_model, 2)
+        check_choices(head=kind)
+        self.kind = kind
+
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False): return super().forward(x.float())
+        with torch.autocast(x.device.type, enabled=False): x = super().forward(x.float())
+        return x.sigmoid() if self.kind == 'sigmoid' else x
 
 # %% ../nbs/02_squeezeformer.ipynb #ee1791ed
 class Squeezeformer(nn.Module):
@@ -288,8 +295,8 @@ class Squeezeformer(nn.Module):
         self.blocks = nn.ModuleList(SqueezeformerBlock(d_model, n_head, kernel_size, dropout, norm, position == 'rope')
                                     for _ in range(n_layer))
         self.gru = GRUTail(d_model) if gru else None
-        self.norm,self.head = nn.LayerNorm(d_model),Head(d_model)
-        self.pre,self.sigmoid,self.checkpoint = norm == 'pre',head == 'sigmoid',checkpoint
+        self.norm,self.head = nn.LayerNorm(d_model),Head(d_model, head)
+        self.pre,self.checkpoint = norm == 'pre',checkpoint
 
     def forward(self, batch):
         seq,bpp,mask = clean(batch)
@@ -299,8 +306,7 @@ class Squeezeformer(nn.Module):
         for block in self.blocks: x = again(block, self.checkpoint, x, mask, bias)
         if self.pre: x = self.norm(x)
         if self.gru: x = self.gru(x, mask)
-        x = self.head(x)  # b l m
-        return x.sigmoid() if self.sigmoid else x
+        return self.head(x)  # b l m
 
 # %% ../nbs/02_squeezeformer.ipynb #d3059f70
 def _same(a, b, eps, what):
@@ -497,12 +503,10 @@ class Seed32(nn.Module):
     def __init__(self, d_model:int=384, n_layer:int=16, n_head:int=8, kernel_size:int=31, dropout:float=.1,
                  bpp:str='mix', head:str='linear', quirks:bool=False, checkpoint:bool=False):
         super().__init__()
-        check_choices(head=head)
         if bpp not in ('mix','product'): raise ValueError(f"bpp is {bpp!r}, for Seed32 expected one of mix, product")
-        self.kind,self.head = nn.Embedding(4, d_model),Head(d_model)
+        self.kind,self.head = nn.Embedding(4, d_model),Head(d_model, head)
         self.blocks = nn.ModuleList(Seed32Block(d_model, n_head, kernel_size, dropout) for _ in range(n_layer))
-        self.mix,self.sigmoid,self.longest,self.checkpoint = bpp == 'mix',head == 'sigmoid',4*d_model**.5,checkpoint
-        self.quirks = quirks
+        self.mix,self.quirks,self.longest,self.checkpoint = bpp == 'mix',quirks,4*d_model**.5,checkpoint
 
     def forward(self, batch):
         seq,bpp,mask = clean(batch)
@@ -515,5 +519,4 @@ class Seed32(nn.Module):
         x = x*(self.longest/x.norm(dim=-1, keepdim=True).clamp(min=self.longest))
         for block in self.blocks: x = again(block, self.checkpoint, x, mask)
         x = self.head(x)  # b l m
-        if self.quirks: x = x[:, :l]
-        return x.sigmoid() if self.sigmoid else x
+        return x[:, :l] if self.quirks else x

@@ -84,7 +84,7 @@ class Cfg:
     position:str='alibi' # alibi | dynamic | rope | none (squeezeformer)
     bpp:str='bias+conv' # what attention sees of the BPP: none | mix | bias | bias+conv (squeezeformer; seed32: mix)
     norm:str='pre' # pre | post (squeezeformer)
-    head:str='linear' # linear | sigmoid (squeezeformer, seed32)
+    head:str='linear' # linear | sigmoid (squeezeformer, mamba, seed32)
     gru:bool=False # a GRU at the end? (squeezeformer)
     is_good:bool=False # tell the model which profiles are clean? (squeezeformer)
     pair_track:bool=False # a vector for each pair of positions? (mamba; ribonanzanet always)
@@ -341,9 +341,11 @@ def predict_sequences(
     return out
 
 def predict_rows(model, store:Store, bpp, rows)->list:
-    "The same for rows of a store"
+    "The same for rows of a store; a sequence measured several times is predicted once"
     many = 128 if next(model.parameters()).is_cuda else 32
-    return predict_sequences(model, store.rows.sequence.iloc[rows].tolist(), bpp, many)
+    which,each = pd.factorize(store.rows.sequence.iloc[rows])
+    preds = predict_sequences(model, list(each), bpp, many)
+    return [preds[k] for k in which]
 
 def errors(
     preds:list, # one (l m) array per row

@@ -6,7 +6,7 @@ from ribo_nb import mamba
 from ribo_nb.mamba import ssd_dense
 from ribo_nb.squeezeformer import check_contract,toy_batch
 from ribo_nb.train import Replay,build,cfgs,compile_blocks,make_optimizer,train_step
-from helpers import env
+from helpers import call,env
 
 small = dict(d_model=32, n_layer=2, n_head=4, d_state=8, d_pair=16)
 pair_track = replace(cfgs['cfg_mamba'], pair_track=True)
@@ -106,3 +106,12 @@ def test_seed32_as_published_leaks_padding_and_ours_does_not():
         literal.blocks[0].register_forward_pre_hook(lambda m, a: seen.append((a[0].shape[1], bool(a[1].all()))))
         literal(toy_batch((40,)))
     assert seen == [(206, True)]
+
+def test_sixteen_channels_in_bf16_come_to_an_end():
+    "oneDNN (torch 2.13, CPU) hangs in a bf16 depthwise convolution of 16 channels and 17 nt; ours goes round it"
+    code = """import torch
+from ribo_nb.squeezeformer import DepthwiseConv
+x = torch.randn(3, 57, 16, requires_grad=True)
+with torch.autocast('cpu', torch.bfloat16): y = DepthwiseConv(16, 17)(x)
+y.sum().backward(); assert torch.isfinite(x.grad).all()"""
+    assert call(sys.executable, '-c', code, timeout=120).returncode == 0
