@@ -188,8 +188,8 @@ def add_structures(table:pd.DataFrame)->pd.DataFrame: # with structure, structur
 def shipped()->str: # one line
     "Which models come with the package, and what they have learnt from"
     d = json.loads(SHIPPED.read_text())
-    names = ' and '.join(m['path'] for m in d['members'])
-    return f"predicting with {names} of ribo_nb {ribo_nb.__version__}, trained on {d['data']}; what they are good for: {SHIPPED.parent/'MODEL_CARD.md'}"
+    *names,last = [m['path'] for m in d['members']]
+    return f"predicting with {', '.join(names)} and {last} of ribo_nb {ribo_nb.__version__}, trained on {d['data']}; what they are good for: {SHIPPED.parent/'MODEL_CARD.md'}"
 
 # %% ../nbs/05_infer.ipynb #2144ad43
 def _fasta_records(path, longest=1<<16):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'id_batches', 'ById', 'read_solution', 'read_submission', 'check_submission', 'score_files',
            'report_overlap', 'out_of_fold', 'fit_weights', 'quantile_regression', 'calibrate', 'coverage',
-           'fit_ensemble', 'plot_reliability', 'report_runs', 'ribo_score']
+           'mean_spread', 'fit_ensemble', 'plot_reliability', 'report_runs', 'ribo_score']
 
 # %% ../nbs/05b_score.ipynb #1c0bff45
 import json,mmap,os,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,torch
@@ -275,7 +275,7 @@ def coverage(pred, spread, y, calibration)->pd.DataFrame: # level → share of m
     return pd.DataFrame(rows).T.rename_axis('level')
 
 # %% ../nbs/05b_score.ipynb #bc064372
-def _mean_spread(preds, w):
+def mean_spread(preds, w)->tuple: # of the members' predictions (k n m) with weights (k): mean and spread, (n m)
     mean = np.einsum('k,knm->nm', w, preds)
     k = len(w)
     return mean,np.sqrt(np.einsum('k,knm->nm', w, (preds - mean)**2)*k/max(k-1, 1))
@@ -295,14 +295,14 @@ def fit_ensemble(
     for k in np.unique(part):  # fitted on the other parts, judged on this one
         here = part == k
         w = fit_weights(preds[:,~here], y[~here])
-        judged[here],spread_[here] = _mean_spread(preds[:,here], w)
-        covered = covered + here.mean()*coverage(judged[here], spread_[here], y[here], calibrate(*_mean_spread(preds[:,~here], w), y[~here]))
+        judged[here],spread_[here] = mean_spread(preds[:,here], w)
+        covered = covered + here.mean()*coverage(judged[here], spread_[here], y[here], calibrate(*mean_spread(preds[:,~here], w), y[~here]))
     mae = lambda p: dict(zip(MODS, (e := np.abs(p - y).mean(0)), strict=True)) | dict(official=e.mean())
     names = [next(str(p.parent.name if p.name == 'best.pt' else p) for p,k in zip(model.paths, kind, strict=True) if k == g) for g in range(len(preds))]
     weights = fit_weights(preds, y)
-    scores = pd.DataFrame({**{f'{n} alone': mae(p) for n,p in zip(names, preds, strict=True)}, 'plain mean': mae(_mean_spread(preds, plain)[0]), 'weighted, cross-fitted': mae(judged)}).T
+    scores = pd.DataFrame({**{f'{n} alone': mae(p) for n,p in zip(names, preds, strict=True)}, 'plain mean': mae(mean_spread(preds, plain)[0]), 'weighted, cross-fitted': mae(judged)}).T
     share = np.array([weights[k]/kind.count(k) for k in kind])
-    final = Ensemble(model.members, model.cfgs, model.paths, share, model.flip, model.dtype, calibrate(*_mean_spread(preds, weights), y))
+    final = Ensemble(model.members, model.cfgs, model.paths, share, model.flip, model.dtype, calibrate(*mean_spread(preds, weights), y))
     save_ensemble(out, final, fitted=dict(store=store.path.name, sha256=store.meta.get('sha256'), positions=len(y), official=float(scores.official.iloc[-1]), coverage=covered.round(4).to_dict('index')))
     return scores.assign(weight=[*weights, np.nan, np.nan]),covered,plot_reliability(covered, judged, spread_, y)
 

@@ -8,7 +8,8 @@ from ribo_nb.data import sha256
 from ribo_nb.infer import SHIPPED,load,predict
 from ribo_nb.kaggle import build_wheel
 
-FILES = {'squeezeformer.pt','mamba.pt','ensemble.json','MODEL_CARD.md','EternaFoldParams.v1','EternaFold.LICENSE'}
+MODELS = ['squeezeformer.pt','mamba.pt','squeezeformer-large.pt']
+FILES = {*MODELS,'ensemble.json','MODEL_CARD.md','EternaFoldParams.v1','EternaFold.LICENSE'}
 
 def bare():
     "An environment in which nobody has EternaFold"
@@ -24,10 +25,10 @@ def test_complete_small_and_as_written():
     assert {p.name for p in SHIPPED.parent.iterdir()} == FILES
     assert sum(p.stat().st_size for p in SHIPPED.parent.iterdir()) <= 20e6
     d = json.loads(SHIPPED.read_text())
-    assert {m['path']: m['sha256'] for m in d['members']} == {p: sha256(SHIPPED.parent/p) for p in ('squeezeformer.pt','mamba.pt')}
+    assert {m['path']: m['sha256'] for m in d['members']} == {p: sha256(SHIPPED.parent/p) for p in MODELS}
     assert len(d['data']) > 10
     model = load(device='cpu')
-    assert model.flip == d.get('flip', False) and [c.model for c in model.cfgs] == ['squeezeformer','mamba']
+    assert model.flip == d.get('flip', False) and [c.model for c in model.cfgs] == ['squeezeformer','mamba','squeezeformer']
     assert {(c.engine, c.engine_params) for c in model.cfgs} == {('native', sha256(ETERNAFOLD)[:8])}
 
 def test_eternafold_only_when_it_is_wanted(monkeypatch, tmp_path):
@@ -40,7 +41,7 @@ def test_command_without_checkpoint(rnas, tmp_path):
     (tmp_path/'x.fa').write_text(''.join(f'>r{k}\n{s}\n' for k,s in enumerate(rnas)))
     r = subprocess.run([str(BIN/'ribo_infer'), 'x.fa', '--out', 'x.parquet', '--device', 'cpu'], cwd=tmp_path, env=bare(), capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr
-    said = [line for line in r.stderr.splitlines() if 'squeezeformer.pt and mamba.pt' in line]
+    said = [line for line in r.stderr.splitlines() if 'squeezeformer.pt, mamba.pt and squeezeformer-large.pt' in line]
     assert len(said) == 1 and 'Ribonanza' in said[0] and str(SHIPPED.parent/'MODEL_CARD.md') in said[0]
     t = pd.read_parquet(tmp_path/'x.parquet')
     for c in ('reactivity_2A3_MaP','reactivity_DMS_MaP'):
