@@ -1,8 +1,10 @@
 """The battle: all models on the same folds with the same budget, what each switch is worth, and the weights that ship.
 
+\b
     python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet
     python bench/battle.py run                    # everything, on one GPU; killed? the same command goes on
-    python bench/battle.py run --table sibling --table final --threads 1  # what ships, on two cores: 2.5 hours
+    python bench/battle.py run --table 'first part' --table sibling --table final --threads 1  # what ships: 2 hours on two cores
+    python bench/battle.py run --table large --table 'last pass'   # its large member: minutes on a GPU
     python bench/battle.py run --table main       # one question; RibonanzaNet starves what runs beside it: --workers 1
     python bench/battle.py ship                   # → ribo_nb/weights
     python bench/battle.py report                 # → bench/battle/results.json, errors.parquet, tables and figures
@@ -11,11 +13,9 @@ import os
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
 from ribo_nb.battle import battle_stores,collect,floors,lookups,more_data,parallel_work,plan,plot_ablation,ship,speed,table_of
-from ribo_nb.bpp import native_params
 from ribo_nb.data import datamount
 
 here = Path(__file__).parent/'battle'
-os.environ['ETERNAFOLD_PARAMETERS'] = str(native_params('1421e89c'))  # those in ribo_nb/weights: every run folds with EternaFold's
 
 @click.group(help=__doc__)
 @click.option('--folder', type=click.Path(path_type=Path), help='Stores, runs and predictions.  [default: datamount/battle]')

@@ -167,7 +167,7 @@ def what_ships()->list:
                 mamba=replace(cfgs['cfg_mamba'], **new, n_layer=5, d_model=96, n_epoch=4))
     out = [Job('first part', w, 0, c, 'check') for w,c in ways.items()]  # on CONTRAfold's BPPs
     out += [Job(t, j.what, 0, replace(j.cfg, n_epoch=2, lr=1.5e-3, engine_params='1421e89c', fold=f), 'check', (j.name,), j.name) for t,f in (('sibling', 0), ('final', -1)) for j in out]
-    large = Job('final', 'large squeezeformer', 0, replace(full_size()['squeezeformer'], fold=-1, ema=.99))
+    large = Job('large', 'squeezeformer', 0, replace(full_size()['squeezeformer'], fold=-1, ema=.99))
     return out + [large, Job('last pass', large.what, 0, replace(large.cfg, n_epoch=1, lr=6e-4, flip=False, ema=0., compile=False), 'half', (large.name,), large.name)]
 
 def on_gpu()->list:
@@ -395,7 +395,7 @@ def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, 
 # %% ../nbs/07_battle.ipynb #1c2f49c3
 MEMBERS = { # file → the run that ships, and runs that say of folds 1 and 2 what it is worth
     'squeezeformer': ('final-squeezeformer-0', ('sibling-squeezeformer-0',)), 'mamba': ('final-mamba-0', ('sibling-mamba-0',)),
-    'squeezeformer-large': ('last_pass-large_squeezeformer-0', ('full_size-squeezeformer-1','full_size-squeezeformer-2'))}
+    'squeezeformer-large': ('last_pass-squeezeformer-0', ('full_size-squeezeformer-1','full_size-squeezeformer-2'))}
 
 def half(ck)->dict: # weights of a checkpoint, fractions with 16 bits
     return {k: v.half() if v.is_floating_point() else v for k,v in ck['model'].items()}

@@ -1,7 +1,9 @@
 "Processes that are killed, stopped and started again."
 import contextlib,importlib.util,io,json,multiprocessing,os,pickle,random,signal,subprocess,sys,time
-import psutil,pytest,torch
+import numpy as np,pandas as pd,psutil,pytest,torch
+from types import SimpleNamespace
 from helpers import BIN,ROOT,TINY,call,env,invoke,start
+from ribo_nb import train
 from ribo_nb.train import COSTS,STOPPED,load_checkpoint,make_cfg,read_neptune,tracking,train_run,trains
 
 def run(mount, out, *more, cfg='cfg_demo', overrides=TINY):
@@ -280,3 +282,11 @@ def test_start_from_weights_and_scores_only_where_due(mount, tmp_path):
     assert list(m['scores']) == ['squeezeformer'] and not list((tmp_path/'b').glob('*.png'))  # brief
     with pytest.raises(ValueError, match='does not fit'):
         train_run(make_cfg('cfg_demo', go_on | dict(d_model=32)), mount/'store.parquet', tmp_path/'c', mount/'bpp')
+
+def test_replicates_are_predicted_once(monkeypatch):
+    "Several measurements of a sequence cost one prediction, and each row gets it"
+    seen = []
+    monkeypatch.setattr(train, 'predict_sequences', lambda model, seqs, bpp, many: seen.append(seqs) or [np.full((len(s), 2), k) for k,s in enumerate(seqs)])
+    store = SimpleNamespace(rows=pd.DataFrame(dict(sequence=['AAA','CCCC','AAA','GG'])))
+    preds = train.predict_rows(torch.nn.Linear(1, 1), store, None, np.array([2, 1, 0]))
+    assert seen == [['AAA','CCCC']] and [p[0,0] for p in preds] == [0, 1, 0]
