@@ -205,7 +205,7 @@ def pseudo_store(folder, job, sequences)->Path:
     path,folder = Path(folder)/f'{job.data}.parquet',Path(folder)
     with FileLock(f'{path}.lock'):
         if not path.exists():
-            teachers = load([folder/'runs'/n for n in job.after], flip=True, precision='auto')
+            teachers = load([folder/'runs'/n for n in job.after], flip=job.cfg.flip, precision='auto')
             write_pseudo(teachers, sequences, Store(folder/f"{job.data.split('_')[1]}.parquet"), path, BppStore(folder/'bpp', folding(teachers.cfgs[0])))
     return path
 
