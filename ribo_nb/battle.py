@@ -61,7 +61,7 @@ def some_of(sequences:pd.Series, part=.5)->np.ndarray: # bool, one per row
 def battle_stores(
     raw, # Kaggle's wide table
     groups, # table with sequence_id, source, family, cluster; None: our own families only
-    folder, # gets folds.parquet, library.parquet, length.parquet and half.parquet
+    folder, # gets folds.parquet, check.parquet, half.parquet, library.parquet, length.parquet
 )->Store: # of folds.parquet
     "The three questions as three stores: new families, a new library, a new length"
     folder = Path(folder)
@@ -76,7 +76,9 @@ def battle_stores(
     short = length < length.max()
     few = some_of(rows.sequence, rows.sequence[short].nunique()/rows.sequence[~short].nunique())  # as many long as short ones
     refold(store, folder/'length.parquet', np.where(short, 1, np.where(few, 0, -9)), 'longest 0, others 1')
-    refold(store, folder/'half.parquet', np.where(some_of(rows.sequence), Store(folder/'folds.parquet').rows.fold, -9), 'half of the sequences')
+    fold = Store(folder/'folds.parquet').rows.fold
+    refold(store, folder/'check.parquet', ~fold.isin([1, 2]), 'folds 1 and 2 are 0, others 1')
+    refold(store, folder/'half.parquet', np.where(some_of(rows.sequence), fold, -9), 'half of the sequences')
     return Store(folder/'folds.parquet')
 
 # %% ../nbs/07_battle.ipynb #8b5fa418
