@@ -6,8 +6,8 @@
 __all__ = ['FAST', 'TINY', 'SWITCHES', 'MEMBERS', 'refold', 'joined_families', 'some_of', 'battle_stores', 'eight_mers',
            'strangers', 'more_data', 'Job', 'contenders', 'repeat', 'full_size', 'what_ships', 'on_gpu', 'on_cpu',
            'plan', 'pseudo_store', 'do', 'work', 'parallel_work', 'timed', 'speed', 'context_keys', 'context_lookup',
-           'lookups', 'to_others', 'is_scan', 'floors', 'units', 'collect', 'with_interval', 'half', 'fold_predictions',
-           'ship', 'shipped_scores', 'interval_of', 'table_of', 'plot_ablation']
+           'lookups', 'to_others', 'is_scan', 'floors', 'units', 'collect', 'redrawn', 'with_interval', 'half',
+           'fold_predictions', 'ship', 'shipped_scores', 'interval_of', 'table_of', 'plot_ablation']
 
 # %% ../nbs/07_battle.ipynb #f1997a36
 import gc,json,multiprocessing,os,statistics,sys,time
@@ -81,7 +81,7 @@ def battle_stores(
     refold(store, folder/'half.parquet', np.where(some_of(rows.sequence), fold, -9), 'half of the sequences')
     return Store(folder/'folds.parquet')
 
-# %% ../nbs/07_battle.ipynb #8b5fa418
+# %% ../nbs/07_battle.ipynb #e9989ee8
 def eight_mers(sequences)->csr_matrix: # bool (n, 4**8)
     "Which words of 8 nt each RNA has between its constant ends (26 and 20 nt)"
     words = [np.unique(np.lib.stride_tricks.sliding_window_view(encode(s[26:-20]).astype(int) - 1, 8) @ 4**np.arange(8)) if len(s) >= 54 else np.array([], int) for s in sequences]
@@ -99,6 +99,7 @@ def strangers(sequences, known, share=.4)->np.ndarray: # bool (n)
         out.append(np.bincount(both.row[near], minlength=min(500, a.shape[0]-i)) == 0)
     return np.concatenate(out)
 
+# %% ../nbs/07_battle.ipynb #c90d839a
 def more_data(
     folder, # with folds.parquet; gets 1M7.parquet and more.txt
     m7, # table of 1M7 profiles in Kaggle's wide format
@@ -115,9 +116,9 @@ def more_data(
     t.assign(experiment_type='2A3_MaP', dataset_name=t.dataset_name + '_1M7', sequence_id=t.sequence.map(sequence_id), reads=1000, SN_filter=(t.signal_to_noise > 1).astype(int)
              ).drop_duplicates(['sequence_id','dataset_name']).to_parquet(folder/'1M7_raw.parquet')
     write_store(folder/'1M7_raw.parquet', folder/'1M7.parquet')
-    more = pd.concat([t.sequence, *((pd.read_parquet(p) if str(p).endswith('.parquet') else pd.read_csv(p)).sequence for p in others)]).drop_duplicates()
-    more = more[more.str.fullmatch('[ACGU]{40,200}')]
-    (folder/'more.txt').write_text('\n'.join(more[strangers(more, known)]))
+    new = pd.concat([(pd.read_parquet(p) if str(p).endswith('.parquet') else pd.read_csv(p)).sequence for p in others]) if others else t.sequence[:0]
+    more = pd.concat([t.sequence, new[strangers(new, known)] if len(new) else new]).drop_duplicates()
+    (folder/'more.txt').write_text('\n'.join(more[more.str.fullmatch('[ACGU]{40,200}')]))
 
 # %% ../nbs/07_battle.ipynb #2722a00a
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def contenders(n_epoch)->dict: # name → configuration
             '32nd place, as published': replace(seed, bpp='product', quirks=True), '32nd place, corrected': seed,
             'cfg_mamba': c['cfg_mamba'], 'cfg_0': c['cfg_0']}
 
-# %% ../nbs/07_battle.ipynb #4291ca9c
+# %% ../nbs/07_battle.ipynb #360f16a1
 SWITCHES = { # ablations: name → fields that differ
     'positions: none': dict(position='none'), 'positions: learned': dict(position='dynamic'), 'positions: rotary': dict(position='rope'),
     'BPP: none': dict(bpp='none'), 'BPP: as input only': dict(bpp='mix'), 'BPP: bias, no convolution': dict(bpp='bias'),
@@ -157,7 +158,9 @@ def repeat(table, ways, data, over='seed')->list: # of Job
     "Each of `ways` three times, with other seeds or, over='fold', with other folds held out too"
     return [Job(table, w, k, replace(c, seed=k, **(dict(fold=k) if over == 'fold' else {})), data) for k in range(3) for w,c in ways.items()]
 
-def full_size(forwards=False)->dict:
+# %% ../nbs/07_battle.ipynb #ee5f5572
+def full_size(forwards=False)->dict: # name → configuration
+    "The two networks of 7 × 192: with flips, as they were run on an H200, or as the ablation would have them"
     ways,new = contenders(3),dict(n_epoch=16, ema=.99, flip=False, head='sigmoid') if forwards else {}
     return {w: replace(ways[c], **dict(n_layer=7, batch_size=64) | old | new) for w,c,old in (
         ('squeezeformer', 'cfg_0', dict(compile=True, n_epoch=12)), ('mamba', 'cfg_mamba', dict(n_epoch=6, ema=.99)))}
@@ -181,6 +184,7 @@ def on_gpu()->list:
     both = full_size() | {f'{w}, forwards': c for w,c in full_size(forwards=True).items()}
     return out + repeat('full size', both, 'folds', 'fold') + repeat('families', ways, 'folds', 'fold')
 
+# %% ../nbs/07_battle.ipynb #af44f743
 def on_cpu()->list:
     "What two cores do in an afternoon, with networks of 4 × 64"
     small = replace(cfgs['cfg_0'], **FAST | TINY, n_epoch=4, lr=3e-3)
@@ -196,10 +200,10 @@ def on_cpu()->list:
         out += [Job('more data', '1M7 first', k, c, 'library', (pre.name,), pre.name), Job('more data', 'pseudo-labels', k, c, f'pseudo_library_{k}', teachers)]
     return out
 
+# %% ../nbs/07_battle.ipynb #9920b742
 def plan()->list: # of Job, in the order in which they are worth doing
     "All runs of the battle; what each costs stands in the results"
     return what_ships() + on_gpu() + on_cpu()
-
 
 # %% ../nbs/07_battle.ipynb #d2f68636
 def pseudo_store(folder, job, sequences)->Path:
@@ -323,12 +327,13 @@ def lookups(folder)->pd.DataFrame: # table, k, lookup → scores
                 out.append(dict(data=data, k=k, lookup=name, **score(t), **{f'{l} nt': v for l,v in score_by(t)['length'].items()}))
     return pd.DataFrame(out)
 
-# %% ../nbs/07_battle.ipynb #66453a57
+# %% ../nbs/07_battle.ipynb #61fcd66b
 def to_others(stack)->np.ndarray: # (r l m), nan where nothing was measured → mean absolute difference, m
     "Each measurement against the median of the others at the same position"
     if len(stack) > 99: return np.nanmean(np.abs(stack - np.nanmedian(stack, 0)), (0, 1))  # of so many, one changes nothing
     return np.nanmean([np.abs(y - np.nanmedian(np.delete(stack, k, 0), 0)) for k,y in enumerate(stack)], (0, 1))
 
+# %% ../nbs/07_battle.ipynb #5e0843a8
 def is_scan(sequences)->bool:
     "Many variants of one RNA: at most positions nearly all have the same letter?"
     s = sequences.drop_duplicates()
@@ -354,7 +359,7 @@ def floors(
     t = pd.DataFrame(out, index=[*MODS, 'sequences']).T
     return t.assign(official=t[list(MODS)].mean(axis=1))
 
-# %% ../nbs/07_battle.ipynb #afc985ec
+# %% ../nbs/07_battle.ipynb #ca1ffe2f
 def units(rows, groups=None)->np.ndarray: # a number per row
     "What a sequence must not be counted twice for: its source genome, mutational scan or cluster of designs"
     if groups is None: return rows.cluster.to_numpy()
@@ -386,10 +391,16 @@ def collect(
     pd.concat(sums).astype({k: 'float32' for k in MODS}).reset_index(drop=True).to_parquet(Path(out)/'errors.parquet', compression='zstd')
     return pd.DataFrame(rows)
 
+# %% ../nbs/07_battle.ipynb #e73a8018
+def redrawn(t, ids, n)->np.ndarray: # (1+n 3)
+    "Errors of 2A3 and DMS and positions, summed over the units `ids`, then over n bootstrap draws of them"
+    s = t.groupby('unit')[[*MODS, 'positions']].sum().reindex(ids).fillna(0).to_numpy(float)
+    return np.r_[np.ones((1, len(ids))), np.random.default_rng(0).multinomial(len(ids), np.full(len(ids), 1/len(ids)), n)] @ s
+
 def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, name_high
     "Score of rows of `errors` that have a `unit`; 90 % intervals by a bootstrap of whole units"
-    s = t[t.positions > 0].groupby('unit')[[*MODS, 'positions']].sum().to_numpy(float)
-    d = np.r_[np.ones((1, len(s))), np.random.default_rng(0).multinomial(len(s), np.full(len(s), 1/len(s)), n)] @ s
+    t = t[t.positions > 0]
+    d = redrawn(t, np.unique(t.unit), n)
     mae = d[:,:2]/d[:,2:]
     mae = dict(zip((*MODS, 'official'), (*mae.T, mae.mean(1))))
     return {k: v[0] for k,v in mae.items()} | {f'{k}_{w}': np.quantile(v[1:], q) for k,v in mae.items() for w,q in (('low', .05), ('high', .95))}
@@ -415,15 +426,14 @@ def fold_predictions(folder, name)->dict: # row number → (l m)
     cut = np.cumsum(store.rows.sequence.iloc[rows].str.len())[:-1]
     return dict(zip(rows, np.split(np.load(kept).astype(np.float32), cut), strict=True))
 
-# %% ../nbs/07_battle.ipynb #d1fb7233
+# %% ../nbs/07_battle.ipynb #2edd9f95
 def ship(
     folder, # of the battle, with the runs and predictions of MEMBERS
     out, # ribo_nb/weights
     groups=None, # the table of `battle_stores`
 )->pd.DataFrame: # scores on what the siblings held out
     "Half-precision weights of the final runs; how much each counts and how sure they are, from their siblings"
-    folder,out = Path(folder),Path(out)
-    store = Store(folder/'check.parquet')
+    folder,out,store = Path(folder),Path(out),Store(Path(folder)/'check.parquet')
     rows = held_out(store, 0)
     each = {k: dict(p for n in names for p in fold_predictions(folder, n).items()) for k,(_,names) in MEMBERS.items()}
     preds = np.stack([np.concatenate([p[i] for i in rows]) for p in each.values()])
@@ -438,8 +448,12 @@ def ship(
     final = Ensemble(model.members, model.cfgs, model.paths, weights, calibration=calibrate(*mean_spread(p, weights), y))
     data = "16,294 sequences of Ribonanza's libraries 15k, PK50 and PK90 (2A3, DMS)"
     save_ensemble(out/'ensemble.json', final, flip=False, data=data, fitted=dict(held_out='folds 1 and 2', positions=len(y)))
-    return shipped_scores(dict(zip(MEMBERS, preds)) | dict(ensemble=np.einsum('k,knm->nm', weights, preds)), store, rows, groups)
+    vienna = BppStore(folder/'bpp', engine('vienna'))
+    vienna.fill(store.rows.sequence)
+    lookup = np.concatenate(context_lookup(store, np.flatnonzero(store.rows.fold != 0), rows, vienna))
+    return shipped_scores(dict(zip(MEMBERS, preds)) | dict(ensemble=np.einsum('k,knm->nm', weights, preds), lookup=lookup), store, rows, groups)
 
+# %% ../nbs/07_battle.ipynb #e1e4943b
 def shipped_scores(preds, store, rows, groups)->pd.DataFrame: # a row per member and part of the data
     "Scores with intervals, of everything, of each library, and of each large scan"
     known = pd.read_parquet(groups).drop_duplicates('sequence_id').set_index('sequence_id').family if groups else pd.Series(dtype=str)
@@ -464,11 +478,9 @@ def interval_of(
     "Bootstrap of whole units, the same ones in all repetitions and for both"
     e = e[e.what.isin([of, against])]
     ids = np.unique(e.unit)
-    draw = np.random.default_rng(0).multinomial(len(ids), np.full(len(ids), 1/len(ids)), n)
     total = 0
     for (what,k),t in e.groupby(['what','k']):
-        s = t.groupby('unit')[[*MODS, 'positions']].sum().reindex(ids).fillna(0).to_numpy(float)
-        d = np.r_[np.ones((1, len(ids))), draw] @ s
+        d = redrawn(t, ids, n)
         total = total + (1 if what == of else -1)*d[:,:2].mean(1)/d[:,2]/e[e.what == what].k.nunique()
     return total[0],*np.quantile(total[1:], [.05, .95])
 
