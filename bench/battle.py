@@ -80,7 +80,11 @@ def speed_(length, batch, rounds):
     "Sequences per second in training and inference, one configuration after the other, alone on the device"
     torch.set_num_threads(1)
     ways = {j.what: j.cfg for j in plan() if j.table in (('main','final') if torch.cuda.is_available() else ('scaled','final')) and j.k == 0}
-    rows = {k: speed(c, length, batch, rounds=rounds) for k,c in ways.items()}
+    rows = {}
+    for k,c in ways.items():
+        rows[k] = speed(c, length, batch, rounds=rounds)
+        torch._dynamo.reset()
+        click.echo(f"{k}: {rows[k]['training']:.1f} sequences/s in training, {rows[k]['inference']:.1f} in inference", err=True)
     t = pd.DataFrame(rows).T.drop(columns='loss').astype(float).round(1)
     here.mkdir(exist_ok=True)
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU, one thread'
