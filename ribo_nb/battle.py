@@ -197,8 +197,8 @@ def what_ships()->list:
     out += [Job(t, j.what, 0, replace(j.cfg, n_epoch=2, lr=1.5e-3, engine_params='1421e89c', fold=f), 'check', (j.name,), j.name) for t,f in (('sibling', 0), ('final', -1)) for j in out]
     large = Job('large', 'squeezeformer', 0, replace(full_size()['squeezeformer'], fold=-1, ema=.99))
     last = Job('last pass', large.what, 0, replace(large.cfg, n_epoch=1, lr=6e-4, flip=False, ema=0., compile=False), 'half', (large.name,), large.name)
-    even = [Job(f'even {j.table}', j.what, 0, replace(j.cfg, n_epoch=dict(squeezeformer=8, mamba=5)[j.what], lr=2e-3), 'even', (j.name,), j.name) for j in out[2:]]
-    return out + even + [large, last, Job('even final', 'squeezeformer-large', 0, replace(last.cfg, n_epoch=3, batch_size=32, lr=1e-3, compile=True), 'even', (last.name,), last.name)]
+    even = [Job(f'even {j.table}', j.what, 0, replace(j.cfg, n_epoch=8, lr=2e-3), 'even', (j.name,), j.name) for j in out[2:] if j.what == 'squeezeformer']
+    return out + even + [large, last, Job('even final', 'squeezeformer-large', 0, replace(last.cfg, n_epoch=2, batch_size=32, lr=1e-3, compile=True), 'even', (last.name,), last.name)]
 
 def on_gpu()->list:
     "The networks at full size"
@@ -425,13 +425,13 @@ def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, 
 
 # %% ../nbs/07_battle.ipynb #1c2f49c3
 MEMBERS = { # file → the run that ships, and runs that say of folds 1 and 2 what it is worth
-    'squeezeformer': ('final-squeezeformer-0', ('sibling-squeezeformer-0',)), 'mamba': ('final-mamba-0', ('sibling-mamba-0',)),
-    'squeezeformer-large': ('last_pass-squeezeformer-0', ('full_size-squeezeformer-1','full_size-squeezeformer-2'))}
+    'squeezeformer': ('even_final-squeezeformer-0', ('even_sibling-squeezeformer-0',)), 'mamba': ('final-mamba-0', ('sibling-mamba-0',)),
+    'squeezeformer-large': ('even_final-squeezeformer-large-0', ('full_size-squeezeformer-1','full_size-squeezeformer-2'))}
 
 def half(ck)->dict: # weights of a checkpoint, fractions with 16 bits
     return {k: v.half() if v.is_floating_point() else v for k,v in ck['model'].items()}
 
-def fold_predictions(folder, name)->dict: # row number → (l m)
+def fold_predictions(folder, name)->dict: # sequence → (l m)
     "What a run says of the sequences that it held out; kept in `preds`, since the weights of some runs stay on a rented machine"
     job,folder = next(j for j in plan() if j.name == name),Path(folder)
     store,kept = Store(folder/f'{job.data}.parquet'),folder/'preds'/f'{name}.npy'
@@ -441,8 +441,8 @@ def fold_predictions(folder, name)->dict: # row number → (l m)
         bpp.fill(store.rows.sequence.iloc[rows])
         preds = predict_rows(load(folder/'runs'/name, flip=job.cfg.flip), store, bpp, rows)
         with atomic(kept) as p: np.save(open(p, 'wb'), np.concatenate(preds).astype(np.float16))
-    cut = np.cumsum(store.rows.sequence.iloc[rows].str.len())[:-1]
-    return dict(zip(rows, np.split(np.load(kept).astype(np.float32), cut), strict=True))
+    sequences = store.rows.sequence.iloc[rows]
+    return dict(zip(sequences, np.split(np.load(kept).astype(np.float32), np.cumsum(sequences.str.len())[:-1]), strict=True))
 
 # %% ../nbs/07_battle.ipynb #2edd9f95
 def ship(
@@ -454,7 +454,7 @@ def ship(
     folder,out,store = Path(folder),Path(out),Store(Path(folder)/'check.parquet')
     rows = held_out(store, 0)
     each = {k: dict(p for n in names for p in fold_predictions(folder, n).items()) for k,(_,names) in MEMBERS.items()}
-    preds = np.stack([np.concatenate([p[i] for i in rows]) for p in each.values()])
+    preds = np.stack([np.concatenate([p[s] for s in store.rows.sequence.iloc[rows]]) for p in each.values()])
     y = np.concatenate([np.where(store.SN_filter[i].all(), store[i][0], np.nan) for i in rows])
     keep = ~np.isnan(y).any(1)
     p,y = preds[:,keep],y[keep].clip(0, 1)
