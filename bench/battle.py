@@ -3,8 +3,8 @@
 \b
     python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet
     python bench/battle.py run                    # everything, on one GPU; killed? the same command goes on
-    python bench/battle.py run --table 'first part' --table sibling --table final --threads 1  # what ships: 2 hours on two cores
-    python bench/battle.py run --table large --table 'last pass'   # its large member: minutes on a GPU
+    python bench/battle.py run --table large --table 'last pass'   # what ships: its large member, minutes on a GPU
+    python bench/battle.py run --table 'first part' --table sibling --table final --table 'even sibling' --table 'even final' --threads 1  # the rest: 3 hours on two cores
     python bench/battle.py run --table main       # one question; RibonanzaNet starves what runs beside it: --workers 1
     python bench/battle.py ship                   # → ribo_nb/weights
     python bench/battle.py report                 # → bench/battle/results.json, errors.parquet, tables and figures

@@ -71,7 +71,7 @@ def thin_scans(
     family, # of each; a scan is a family of its own
     most=30, # sequences kept of each scan
 )->np.ndarray: # bool, one per row
-    "All sequences but those of mutational scans, of which 30 tell nearly as much as 300"
+    "All sequences, but of each mutational scan only some, which teach as much as all"
     keep = np.ones(len(sequences), bool)
     for at in pd.Series(range(len(sequences))).groupby(np.asarray(family)).groups.values():
         s = sequences.iloc[at]
