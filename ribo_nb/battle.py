@@ -199,7 +199,7 @@ def what_ships()->list:
     last = Job('last pass', large.what, 0, replace(large.cfg, n_epoch=1, lr=6e-4, flip=False, ema=0., compile=False), 'half', (large.name,), large.name)
     even = [Job(f'even {j.table}', j.what, 0, replace(j.cfg, n_epoch=8, lr=2e-3), 'even', (j.name,), j.name) for j in out[2:] if j.what == 'squeezeformer']
     m7 = Job('1M7 first', 'squeezeformer', 0, replace(ways['squeezeformer'], engine_params='1421e89c', dropout=.25, fold=-1, n_epoch=3), '1M7')
-    fresh = [Job(f'fresh {t}', m7.what, 0, replace(m7.cfg, fold=f, n_epoch=n), 'even', (m7.name,), m7.name) for t,f,n in (('sibling', 0, 8), ('final', -1, 5))]  # as many steps
+    fresh = [Job(f'fresh {t}', m7.what, 0, replace(m7.cfg, fold=f, n_epoch=n, weight_decay=.1), 'even', (m7.name,), m7.name) for t,f,n in (('sibling', 0, 8), ('final', -1, 5))]  # as many steps
     return out + even + [m7, *fresh, large, last, Job('even final', 'squeezeformer-large', 0, replace(last.cfg, n_epoch=2, batch_size=32, lr=1e-3, compile=True), 'even', (last.name,), last.name)]
 
 def on_gpu()->list:
