@@ -190,17 +190,16 @@ def full_size(forwards=False)->dict: # name → configuration
 
 def what_ships()->list:
     "What ships, and siblings without folds 1 and 2 that show what it is worth"
-    new = FAST | dict(batch_size=16, head='sigmoid', flip=False, lr=3e-3, engine_params='eb318ecb')
-    ways = dict(squeezeformer=replace(cfgs['cfg_0'], **new, n_layer=6, d_model=128, n_epoch=7, compile=True),
-                mamba=replace(cfgs['cfg_mamba'], **new, n_layer=5, d_model=96, n_epoch=4))
-    out = [Job('first part', w, 0, c, 'check') for w,c in ways.items()]  # on CONTRAfold's BPPs
-    out += [Job(t, j.what, 0, replace(j.cfg, n_epoch=2, lr=1.5e-3, engine_params='1421e89c', fold=f), 'check', (j.name,), j.name) for t,f in (('sibling', 0), ('final', -1)) for j in out]
+    new = FAST | dict(batch_size=16, head='sigmoid', flip=False, lr=3e-3)
+    ways = dict(squeezeformer=replace(cfgs['cfg_0'], **new, n_layer=6, d_model=128, compile=True), mamba=replace(cfgs['cfg_mamba'], **new, n_layer=5, d_model=96))
+    first = Job('first part', 'mamba', 0, replace(ways['mamba'], n_epoch=4, engine_params='eb318ecb'), 'check')  # on CONTRAfold's BPPs
+    out = [first] + [Job(t, first.what, 0, replace(ways['mamba'], n_epoch=2, lr=1.5e-3, fold=f), 'check', (first.name,), first.name) for t,f in (('sibling', 0), ('final', -1))]
+    for w,c in ways.items():
+        m7 = Job('1M7 first', w, 0, replace(c, dropout=.25, fold=-1, n_epoch=3), '1M7')
+        out += [m7] + [Job(t, w, 0, replace(m7.cfg, fold=f, n_epoch=n, weight_decay=.1), 'even', (m7.name,), m7.name) for t,f,n in (('fresh sibling', 0, 8), ('fresh final', -1, 5))]  # as many steps
     large = Job('large', 'squeezeformer', 0, replace(full_size()['squeezeformer'], fold=-1, ema=.99))
     last = Job('last pass', large.what, 0, replace(large.cfg, n_epoch=1, lr=6e-4, flip=False, ema=0., compile=False), 'half', (large.name,), large.name)
-    even = [Job(f'even {j.table}', j.what, 0, replace(j.cfg, n_epoch=8, lr=2e-3), 'even', (j.name,), j.name) for j in out[2:] if j.what == 'squeezeformer']
-    m7 = Job('1M7 first', 'squeezeformer', 0, replace(ways['squeezeformer'], engine_params='1421e89c', dropout=.25, fold=-1, n_epoch=3), '1M7')
-    fresh = [Job(f'fresh {t}', m7.what, 0, replace(m7.cfg, fold=f, n_epoch=n, weight_decay=.1), 'even', (m7.name,), m7.name) for t,f,n in (('sibling', 0, 8), ('final', -1, 5))]  # as many steps
-    return out + even + [m7, *fresh, large, last, Job('even final', 'squeezeformer-large', 0, replace(last.cfg, n_epoch=2, batch_size=32, lr=1e-3, compile=True), 'even', (last.name,), last.name)]
+    return out + [large, last, Job('even final', 'squeezeformer-large', 0, replace(last.cfg, n_epoch=2, batch_size=32, lr=1e-3, compile=True), 'even', (last.name,), last.name)]
 
 def on_gpu()->list:
     "The networks at full size"
@@ -427,7 +426,7 @@ def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, 
 
 # %% ../nbs/07_battle.ipynb #1c2f49c3
 MEMBERS = { # file → the run that ships, and runs that say of folds 1 and 2 what it is worth
-    'squeezeformer': ('even_final-squeezeformer-0', ('even_sibling-squeezeformer-0',)), 'mamba': ('final-mamba-0', ('sibling-mamba-0',)),
+    'squeezeformer': ('fresh_final-squeezeformer-0', ('fresh_sibling-squeezeformer-0',)), 'mamba': ('final-mamba-0', ('sibling-mamba-0',)),
     'squeezeformer-large': ('even_final-squeezeformer-large-0', ('full_size-squeezeformer-1','full_size-squeezeformer-2'))}
 
 def half(ck)->dict: # weights of a checkpoint, fractions with 16 bits
@@ -466,7 +465,7 @@ def ship(
         save(out/f'{k}.pt', replace(ck['cfg'], start='', time_budget=0.), model=half(ck))
     model = load([out/f'{k}.pt' for k in MEMBERS])
     final = Ensemble(model.members, model.cfgs, model.paths, weights, calibration=calibrate(*mean_spread(p, weights), y))
-    data = "16,294 sequences of Ribonanza's libraries 15k, PK50 and PK90 (2A3, DMS)"
+    data = "16,294 sequences of Ribonanza's libraries 15k, PK50 and PK90 (2A3, DMS); one model began on 10,372 of EternaBench (1M7)"
     save_ensemble(out/'ensemble.json', final, flip=False, data=data, fitted=dict(held_out='folds 1 and 2', positions=len(y)))
     vienna = BppStore(folder/'bpp', engine('vienna'))
     vienna.fill(store.rows.sequence)
