@@ -1,10 +1,10 @@
 """The battle: all models on the same folds with the same budget, what each switch is worth, and the weights that ship.
 
 \b
-    python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet
+    python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet --1m7 ../shared/data/eternabench_1m7_dev.parquet
     python bench/battle.py run                    # everything, on one GPU; killed? the same command goes on
     python bench/battle.py run --table large --table 'last pass'   # what ships: its large member, minutes on a GPU
-    python bench/battle.py run --table '1M7 first' --table 'fresh final' --table 'even final' --threads 1  # the rest: 2 hours on two cores
+    python bench/battle.py run --table '1M7 first' --table 'final' --table 'even final' --threads 1  # the rest: 2 hours on two cores
     python bench/battle.py run --table main       # one question; RibonanzaNet starves what runs beside it: --workers 1
     python bench/battle.py ship                   # → ribo_nb/weights
     python bench/battle.py report                 # → bench/battle/results.json, errors.parquet, tables and figures
@@ -79,7 +79,7 @@ def report(folder):
 def speed_(length, batch, rounds):
     "Sequences per second in training and inference, one configuration after the other, alone on the device"
     torch.set_num_threads(1)
-    ways = {j.what: j.cfg for j in plan() if j.table in (('main','fresh final') if torch.cuda.is_available() else ('scaled','fresh final')) and j.k == 0}
+    ways = {j.what: j.cfg for j in plan() if j.table in (('main','final') if torch.cuda.is_available() else ('scaled','final')) and j.k == 0}
     rows = {}
     for k,c in ways.items():
         rows[k] = speed(c, length, batch, rounds=rounds)

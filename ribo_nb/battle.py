@@ -195,7 +195,7 @@ def what_ships()->list:
     out = []
     for w,c in ways.items():
         m7 = Job('1M7 first', w, 0, replace(c, dropout=.25, fold=-1, n_epoch=3), '1M7')
-        out += [m7] + [Job(t, w, 0, replace(m7.cfg, fold=f, n_epoch=n, weight_decay=.1), 'even', (m7.name,), m7.name) for t,f,n in (('fresh sibling', 0, 8), ('fresh final', -1, 5))]  # as many steps
+        out += [m7] + [Job(t, w, 0, replace(m7.cfg, fold=f, n_epoch=n, weight_decay=.1), 'even', (m7.name,), m7.name) for t,f,n in (('sibling', 0, 8), ('final', -1, 5))]  # as many steps
     large = Job('large', 'squeezeformer', 0, replace(full_size()['squeezeformer'], fold=-1, ema=.99))
     last = Job('last pass', large.what, 0, replace(large.cfg, n_epoch=1, lr=6e-4, flip=False, ema=0., compile=False), 'half', (large.name,), large.name)
     return out + [large, last, Job('even final', 'squeezeformer-large', 0, replace(last.cfg, n_epoch=2, batch_size=32, lr=1e-3, compile=True), 'even', (last.name,), last.name)]
@@ -425,7 +425,7 @@ def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, 
 
 # %% ../nbs/07_battle.ipynb #1c2f49c3
 MEMBERS = { # file → the run that ships, and runs that say of folds 1 and 2 what it is worth
-    'squeezeformer': ('fresh_final-squeezeformer-0', ('fresh_sibling-squeezeformer-0',)), 'mamba': ('fresh_final-mamba-0', ('fresh_sibling-mamba-0',)),
+    'squeezeformer': ('final-squeezeformer-0', ('sibling-squeezeformer-0',)), 'mamba': ('final-mamba-0', ('sibling-mamba-0',)),
     'squeezeformer-large': ('even_final-squeezeformer-large-0', ('full_size-squeezeformer-1','full_size-squeezeformer-2'))}
 
 def half(ck)->dict: # weights of a checkpoint, fractions with 16 bits
