@@ -4,7 +4,7 @@
     python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet --1m7 ../shared/data/eternabench_1m7_dev.parquet
     python bench/battle.py run                    # everything, on one GPU; killed? the same command goes on
     python bench/battle.py run --table large --table 'last pass'   # what ships: its large member, minutes on a GPU
-    python bench/battle.py run --table '1M7 first' --table 'final' --table 'even final' --threads 1  # the rest: 2 hours on two cores
+    python bench/battle.py run --table '1M7 first' --table sibling --table final --table 'even final' --threads 1  # the rest: 2 hours on two cores
     python bench/battle.py run --table main       # one question; RibonanzaNet starves what runs beside it: --workers 1
     python bench/battle.py ship                   # → ribo_nb/weights
     python bench/battle.py report                 # → bench/battle/results.json, errors.parquet, tables and figures
