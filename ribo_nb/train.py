@@ -1043,7 +1043,7 @@ def plot_scores(
     ax.barh(d.index, d.official, color=['.75' if i in known else '#c8553d' for i in d.index])
     for y,v in enumerate(d.official): ax.text(v, y, f' {v:.4f}', va='center')
     ax.set(xlabel='official MAE on the held-out fold (lower is better)', title=title,
-           xlim=(0, d.official.max()*1.12)); sns.despine(fig)
+           xlim=(0, d.official.max()*1.18)); sns.despine(fig)
     return fig
 
 def plot_errors(
