@@ -76,7 +76,7 @@ def whole(members, cfg, n, rng):
             for k in range(n): f.write(f"{100*k},{100*k+99},s{k},{''.join(rng.choice(list('ACGU'), 100))}\n")
         start,seqs = time.perf_counter(),Sequences(f'{d}/t.csv')
         read = time.perf_counter()-start
-        job = Job(Path(d)/'s.parquet', {}, len(seqs))
+        job = Job(Path(d)/'s.parquet', {}, seqs.length)
         run_job(job, Ensemble(members[:1], [cfg]).eval(), seqs)
         done = time.perf_counter()
         join(job, seqs)

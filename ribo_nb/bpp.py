@@ -12,6 +12,7 @@ __all__ = ['ETERNAFOLD', 'engines', 'PAIR', 'BPP_VERSION', 'contrafold_names', '
 # %% ../nbs/01_bpp.ipynb #b553f2c4
 import click,ctypes,hashlib,itertools,importlib.util,json,joblib,os,re,shutil,signal,subprocess,sys,tempfile,time,warnings,zlib
 import matplotlib.pyplot as plt,numpy as np,pandas as pd,ribo_nb,seaborn as sns,torch
+from contextlib import closing
 from filelock import FileLock
 from functools import cached_property
 from io import FileIO
@@ -753,7 +754,8 @@ def repair(
     folder, # of one store: it holds key.json, index.bin and pairs.bin
 )->int: # sequences forgotten
     "Drop the damaged records of a BPP store; all others stay"
-    files = _Files(folder, json.loads((Path(folder)/'key.json').read_text()), check=False)
+    try: files = _Files(folder, json.loads((note := Path(folder)/'key.json').read_text()), check=False)
+    except json.JSONDecodeError as e: raise ValueError(f'{note}: is not JSON: nobody knows how this store was folded, move it away') from e
     with FileLock(files.folder/'lock'):
         files.refresh(check=False)
         step = range(0, len(files.lines), 4096)
@@ -826,18 +828,20 @@ def _pieces(eng, sequences, stored, seconds=2., most=256):
     if piece: yield piece
 
 # %% ../nbs/01_bpp.ipynb #09469435
-def _fold_all(store, todo, n_jobs, limit, quiet):
+def _fold_all(store, todo, n_jobs, limit, quiet, tick):
     "Fold `todo` in parallel, storing what has come back every few seconds, and whatever happens at the end"
     store.eng.prepare()
     stored,done,last = set(),[],time.monotonic()
     jobs = joblib.Parallel(n_jobs, prefer='threads', return_as='generator_unordered', batch_size=1, pre_dispatch='2*n_jobs')
     tasks = (joblib.delayed(fold_some)(store.eng, p, store.threshold, limit) for p in _pieces(store.eng, todo, stored))
     try:
-        with warnings.catch_warnings(),progress(desc=f'fold with {store.eng.name}', total=len(todo), unit='seq', quiet=quiet) as bar:
+        with warnings.catch_warnings(),progress(desc=f'fold with {store.eng.name}', total=len(todo), unit='seq', quiet=quiet) as bar,closing(jobs(tasks)) as results:
             warnings.simplefilter('ignore', DeprecationWarning)  # fork beside threads: the child uses none of them
-            for some,got in jobs(tasks):
+            warnings.filterwarnings('ignore', '.*tasks which were still being processed')  # asked to stop
+            for some,got in results:
                 done += zip(some, got, strict=True)
                 bar.update(len(some))
+                tick()
                 if time.monotonic() - last > 3: stored |= store.keep(done); done,last = [],time.monotonic()
     finally: store.keep(done)
 
@@ -905,12 +909,13 @@ class BppStore:
         n_jobs:int=-1, # processes, or workers of the joblib backend in force; -1: all
         limit:float|None=None, # seconds per sequence
         quiet:bool=False, # without a progress bar
+        tick=lambda: None, # called whenever some have come back; what it raises ends the folding, with these kept
     )->int: # how many had to be folded
         "Fold what the store does not have; ValueError at the end if some could not be folded"
         self.files.refresh()
         todo,self.failed = sorted(self.missing(sequences), key=len, reverse=True),{}
         if not todo: return 0
-        _fold_all(self, todo, n_jobs, limit, quiet)
+        _fold_all(self, todo, n_jobs, limit, quiet, tick)
         if self.failed:
             s,why = next(iter(self.failed.items()))
             raise ValueError(f'{len(self.failed)} of {len(todo)} sequences have no BPP, the others are stored. '
@@ -1035,6 +1040,7 @@ def read_sequences(
 def ribo_bpp(table, out, name, params, threshold, jobs, limit, show, mend):
     "Fold every sequence of TABLE (a store, or any CSV or Parquet with a column `sequence`) that the BPP store lacks."
     if show: click.echo(list_engines().to_string()); return
+    if not jobs: raise click.BadParameter('0 processes fold nothing: 1 or more, or -1 for one per core', param_hint='--jobs')
     if table is None: raise click.UsageError('Give TABLE, whose sequences are to be folded, or --engines.')
     seqs,eng = read_sequences(table),engine(name, params)
     folder = store_folder(out or datamount()/'bpp', eng, threshold)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERSION', 'SPLITS', 'COLORS', 'encode', 'decode',
            'datamount', 'check_target', 'atomic', 'progress', 'Command', 'contexts', 'wide_columns', 'sequence_id',
-           'simulate', 'is_parquet', 'readable', 'writable', 'read_table', 'numbers', 'ahead', 'read_raw',
-           'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool', 'write_store',
-           'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches', 'random_flips',
-           'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
+           'simulate', 'is_parquet', 'readable', 'writable', 'text_tables', 'read_table', 'numbers', 'ahead',
+           'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool',
+           'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches',
+           'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
 import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,subprocess,sys,tempfile,threading,zlib
-import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.parquet as pq
+import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.csv as pv,pyarrow.parquet as pq
 import matplotlib.pyplot as plt
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -61,8 +61,8 @@ def check_target(
     path = Path(path)
     if not path.name: raise ValueError(f"the output {str(path)!r} has no name: name a file to write")
     if path.exists() and not path.is_file(): raise ValueError(f"{path}: is a folder or a device: name a file to write")
-    if any(path.exists() and Path(s).exists() and path.samefile(s) for s in sources):
-        raise ValueError(f"{path}: is the input itself: give another output")
+    if any(path.resolve() == Path(s).resolve() or path.exists() and Path(s).exists() and path.samefile(s) for s in sources):
+        raise ValueError(f"{path}: is the input itself, or another output: give another name")
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ValueError(f"{path.parent}: cannot be made a folder ({e.strerror}): choose another output") from e
@@ -281,9 +281,13 @@ def readable(
     if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty, expected {expected}: download or write it again")
     try: yield path
-    except (pa.ArrowException, pd.errors.ParserError, csv.Error, UnicodeDecodeError, OSError, EOFError,
-            zlib.error) as e:
+    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError, EOFError, zlib.error) as e:
         text = str(e).splitlines()[0]
+        if 'UTF8' in text or isinstance(e, UnicodeDecodeError):
+            raise ValueError(f"{path}: is not UTF-8 text ({text}), expected {expected}: save it as UTF-8") from e
+        if 'columns, got' in text:
+            raise ValueError(f"{path}: {text.split(': ', 1)[1]} (the header is row 1): quote what contains a comma, or "
+                             f"give every row as many fields as the header") from e
         if 'conversion error' in text:
             raise ValueError(f"{path}: a value is not of its column's type ({text}; rows counted with the header): "
                              f"correct it, or leave it blank if it was not measured") from e
@@ -299,19 +303,34 @@ def writable(
     except OSError as e:
         raise ValueError(f"{path}: cannot be written ({e.strerror or e}): free space, or choose another output") from e
 
+def text_tables(
+    path, # CSV, TSV (also gzip) or Parquet
+    columns=None, # those of these that it has; default: all
+    needed=('sequence',), # those that it must have
+): # yields DataFrames, indexed by row, 0 is the first; of a CSV all is text, '' where nothing stands
+    "A table in pieces; ValueError names the file, what is wrong with it and the row"
+    with readable(path, 'a CSV or Parquet table') as p,open(p, 'rb') as raw:
+        f = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b'\x1f\x8b' else raw
+        if raw.peek(2)[:2] in (b'\xff\xfe', b'\xfe\xff'): raise ValueError(f"{p}: is UTF-16: save it as UTF-8")
+        form = pv.ParseOptions(delimiter='\t' if '.tsv' in p.suffixes else ',', newlines_in_values=True)
+        head = lambda **kw: pv.open_csv(f, pv.ReadOptions(use_threads=False, block_size=1<<20), form, pv.ConvertOptions(**kw))
+        names = pq.read_schema(p).names if is_parquet(p) else head().schema.names
+        if bad := [c for c in needed if names.count(c) != 1]:
+            raise ValueError(f"{p}: column(s) {', '.join(bad)} are missing or there twice, it has "
+                             f"{', '.join(map(str, names[:8]))}{' …' if names[8:] else ''}")
+        use,first = [c for c in columns or names if c in names],0
+        f.seek(0)
+        for b in pq.ParquetFile(p).iter_batches(4096, columns=use) if is_parquet(p) else head(include_columns=use, column_types=dict.fromkeys(use, pa.string())):
+            yield b.to_pandas().set_axis(range(first, first+len(b)))
+            first += len(b)
+        if not first: raise ValueError(f"{p}: the table has no rows")
+
 def read_table(
-    path, # CSV (also gzip) or Parquet
+    path,
     columns=None, # only these; ValueError when one is missing
 )->pd.DataFrame:
-    "A whole table; ValueError names the file and what is wrong with it"
-    with readable(path, 'a CSV or Parquet table') as p:
-        names = pq.read_schema(p).names if is_parquet(p) else pd.read_csv(p, nrows=0).columns.tolist()
-        if missing := [c for c in columns or [] if c not in names]:
-            raise ValueError(f"{p}: column(s) {', '.join(missing)} are missing, it has "
-                             f"{', '.join(map(str, names[:8]))}{' …' if names[8:] else ''}")
-        df = pd.read_parquet(p, columns=columns) if is_parquet(p) else pd.read_csv(p, usecols=columns)
-    if df.empty: raise ValueError(f"{p}: the table has no rows")
-    return df
+    "A whole table"
+    return pd.concat(text_tables(path, columns, columns or ()))
 
 def numbers(
     df:pd.DataFrame, # its index counts the file's rows from 0
@@ -989,6 +1008,7 @@ def _draw(raw, n, seed):
             s = s.upper().replace('T', 'U')
             kept[hashlib.md5(f'{seed} {s}'.encode()).digest()] = s
         if len(kept) > 2*n + (1<<16): kept = dict(sorted(kept.items())[:n])
+    if not kept: raise ValueError(f"{raw}: has a header but no rows")
     ids = [_ids[np.frombuffer(s.encode(), np.uint8)] for _,s in sorted(kept.items())[:n]]
     return _hashes(np.concatenate(ids), np.r_[0, np.cumsum([len(i) for i in ids])])
 
@@ -1249,6 +1269,8 @@ def kaggle_raw()->Path:
 def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout):
     "Turn RAW, a table of reactivity profiles in Kaggle's wide format (CSV, CSV.gz or Parquet), into a store."
     if (raw is not None) + (n_sim is not None) + kaggle != 1: raise click.UsageError('Give either RAW, a table to convert, or --kaggle, or --simulate N.')
+    if out and not is_parquet(out): raise click.BadParameter(f"{out}: a store is Parquet: give it a name that ends in .parquet", param_hint='--out')
+    if holdout and holdout.is_file(): raise click.BadParameter(f"{holdout}: is a file, expected a folder", param_hint='--holdout')
     if kaggle: raw = kaggle_raw()
     if n_sim:
         raw = datamount()/'raw'/f"simulated-{n_sim}{f'-seed{seed}' if seed else ''}.parquet"

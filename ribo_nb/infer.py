@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ENSEMBLE_VERSION', 'SHIPPED', 'LONGEST', 'SUBMISSION', 'turned', 'Ensemble', 'Spread', 'save_ensemble', 'load',
            'features', 'interval', 'check_length', 'predict', 'add_structures', 'shipped', 'Sequences',
-           'read_sequences_file', 'Job', 'predict_block', 'run_job', 'table_writer', 'by_position', 'join',
-           'write_rdat', 'read_rdat', 'measured_profiles', 'rna_figures', 'set_figures', 'error_by', 'mutate_and_map',
-           'all_figures', 'write_figures', 'check_teachers', 'write_pseudo', 'infer_file', 'job_of', 'draw_file',
-           'infer_together', 'ribo_infer']
+           'read_sequences_file', 'Job', 'predict_block', 'run_job', 'is_csv', 'table_writer', 'by_position', 'join',
+           'write_rdat', 'read_rdat', 'measured_profiles', 'plain', 'rna_figures', 'set_figures', 'error_by',
+           'mutate_and_map', 'all_figures', 'write_figures', 'check_teachers', 'write_pseudo', 'infer_file', 'job_of',
+           'draw_file', 'infer_together', 'ribo_infer']
 
 # %% ../nbs/05_infer.ipynb #8f696e83
 import gzip,itertools,json,os,re,shutil,subprocess,sys,tempfile,time,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,ribo_nb,torch
@@ -160,26 +160,26 @@ def predict(
     tick=lambda n: None, # called after each batch with the number of its sequences
 )->pd.DataFrame: # name, sequence, reactivity_2A3_MaP, reactivity_DMS_MaP, spread_…, low_…, high_… (arrays, one value per nt), structure, …
     "Predicted reactivity of each sequence, and how sure it is"
-    sequences = [decode(encode(s)) for s in ([sequences] if isinstance(sequences, str) else sequences)]
-    if not all(sequences): raise ValueError(f"sequence {sequences.index('')+1} is empty")
+    sequences = clean_sequences([sequences] if isinstance(sequences, str) else sequences, 'sequences', 'number')
+    if names is not None and len(names) != len(sequences): raise ValueError(f"{len(names)} names for {len(sequences)} sequences: one each")
     for k,s in enumerate(sequences, 1): check_length(len(s), f'sequence {k}')
     bpp = bpp if bpp is not None else BppStore(engine=folding(model.cfgs[0]))
     bpp.fill(sequences)
-    preds,m = predict_sequences(Spread(model), sequences, bpp, tick=tick),len(MODS)
+    preds,m = predict_sequences(Spread(model), sequences, bpp, tick=tick) if sequences else [],len(MODS)
     kinds = dict(reactivity=[p[:,:m] for p in preds])
     if len(model.members) > 1: kinds['spread'] = [p[:,m:] for p in preds]
     if model.calibration: kinds['low'],kinds['high'] = zip(*(interval(p[:,:m], p[:,m:], model.calibration) for p in preds), strict=True) if preds else ([], [])
     out = pd.DataFrame(dict(name=list(names) if names is not None else [sequence_id(s) for s in sequences], sequence=sequences))
     for k,v in kinds.items():
         for i,mod in enumerate(MODS): out[f'{k}_{mod}_MaP'] = [np.ascontiguousarray(x[:,i]) for x in v]
-    return add_structures(out) if structures else out
+    return add_structures(out, tick) if structures else out
 
-def add_structures(table:pd.DataFrame)->pd.DataFrame: # with structure, structure_guided and their Eterna scores
+def add_structures(table:pd.DataFrame, tick=lambda n: None)->pd.DataFrame: # with structure, structure_guided and their Eterna scores
     "Dot-brackets without and with the predicted 2A3 reactivity as evidence, folded in threads"
     from joblib import Parallel,delayed
     out,react = table.copy(),table.reactivity_2A3_MaP
     for c,r in (('structure', [None]*len(out)), ('structure_guided', react)):
-        out[c] = Parallel(-1, prefer='threads')(delayed(dot_bracket)(s, x) for s,x in zip(out.sequence, r, strict=True))
+        out[c] = [tick(0) or d for d in Parallel(-1, prefer='threads', return_as='generator')(delayed(dot_bracket)(s, x) for s,x in zip(out.sequence, r, strict=True))]
     for c in ('structure','structure_guided'):
         out[c.replace('structure', 'eterna_score')] = [round(agreement(d, x)['eterna_score'], 1) for d,x in zip(out[c], react, strict=True)]
     return out
@@ -218,39 +218,25 @@ def _fasta_tables(path, size=4096):
         first += len(part)
 
 # %% ../nbs/05_infer.ipynb #20ae3935
-def _raw_tables(path, size=4096):
-    "A table in pieces, only the columns that count"
-    names = pq.read_schema(path).names if is_parquet(path) else pd.read_csv(path, nrows=0, encoding='utf-8-sig').columns.tolist()
-    if 'sequence' not in names: raise ValueError(f"{path}: no column 'sequence', it has {', '.join(map(str, names[:8]))}")
-    use = [c for c in ('sequence_id','name','sequence','id_min','id_max','dataset_name') if c in names]
-    if is_parquet(path):
-        with pq.ParquetFile(path) as f:
-            first = 0
-            for b in f.iter_batches(size, columns=use):
-                yield b.to_pandas().set_axis(range(first, first+len(b)))
-                first += len(b)
-    else: yield from pd.read_csv(path, usecols=use, chunksize=size, encoding='utf-8-sig', keep_default_na=False, dtype={c: str for c in use})
-
 def _csv_tables(path):
-    seen = False
-    for t in _raw_tables(path):
+    for t in text_tables(path, ('sequence_id','id','name','sequence','id_min','id_max','dataset_name')):
         if not len(t): continue
-        seen,first = True,t.index[0]
-        t['sequence'] = clean_sequences(t.sequence.tolist(), path, first=first)
-        name = t['sequence_id'] if 'sequence_id' in t else t['name'] if 'name' in t else t.sequence.map(sequence_id)
-        t['name'] = name.where(name.notna(), '').astype(str)
+        t['sequence'] = clean_sequences(t.sequence.tolist(), path, first=t.index[0])
+        name = next((t[c] for c in ('sequence_id','id','name') if c in t), None)
+        t['name'] = t.sequence.map(sequence_id) if name is None else name.where(name.notna(), '').astype(str)
         if (blank := t.name.str.strip() == '').any(): raise ValueError(f"{path}, row {blank.idxmax()+1}: the id is blank: fill it in")
+        if (odd := t.name.str.contains(r'[\x00-\x1f\x7f]')).any():
+            raise ValueError(f"{path}, row {odd.idxmax()+1}: the id {t.name[odd].iloc[0]!r} has a tab, a line break or the like in it: rename it")
         if (have := {'id_min','id_max'} & set(t)) and len(have) < 2:
             raise ValueError(f"{path}: has {have.pop()} but not both id_min and id_max: a submission needs both, a table of predictions neither")
         yield numbers(t, sorted(have), path, whole=True)
-    if not seen: raise ValueError(f"{path}: the table has no rows")
 
 # %% ../nbs/05_infer.ipynb #abedbcc2
 class Sequences:
-    "The sequences of a FASTA file, CSV or Parquet table, checked, in the order of their ids; ValueError names file, row and remedy"
+    "The sequences of a FASTA file, a CSV, TSV or Parquet table, checked, in the order of their ids; ValueError names file, row and remedy"
     def __init__(self, path):
         self.path = path = Path(path)
-        self.table = path.name.lower().removesuffix('.gz').endswith(('.csv','.parquet','.pq'))
+        self.table = path.name.lower().removesuffix('.gz').endswith(('.csv','.tsv','.parquet','.pq'))
         self.file = tempfile.TemporaryFile(prefix='ribo_seqs_')  # gone with the process, however it ends
         sizes,ids,hashes,self.sets = [],[],[],{}
         with readable(path, 'a CSV or Parquet table of sequences' if self.table else "FASTA, lines of '>name' and sequence"):
@@ -317,12 +303,14 @@ class Job:
     def __init__(self,
         out:Path, # what the parts will become
         meta:dict, # what the predictions depend on
-        n:int, # sequences
-        block:int=512, # sequences per part
+        length:np.ndarray, # nucleotides of each sequence
+        block:int=512, # sequences per part, fewer where they are longer than `TYPICAL`: work grows with the square
     ):
-        self.out,self.folder,self.cut = out,out.with_name(f'{out.name}.parts'),[*range(0, n, block), n]
-        mine,file = json.loads(json.dumps(dict(version=1, kind='parts', sequences=n, block=block, **meta))),self.folder/'job.json'
-        self.folder.mkdir(parents=True, exist_ok=True)
+        cost = np.maximum(length/TYPICAL, 1)**2
+        part = (np.cumsum(cost) - cost)//block
+        self.out,self.folder,self.cut = out,out.with_name(f'{out.name}.parts'),[0, *(np.flatnonzero(np.diff(part)) + 1).tolist(), len(part)]
+        mine,file = json.loads(json.dumps(dict(version=2, kind='parts', sequences=len(part), block=block, **meta))),self.folder/'job.json'
+        with writable(self.folder): self.folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             with atomic(file) as tmp: tmp.write_text(json.dumps(mine, indent=1))
         try: old = json.loads(file.read_text())
@@ -367,12 +355,12 @@ def predict_block(model, seqs, a, b, bpp, structures, tick)->pa.Table:
     ids = np.arange(t.id_min.iloc[0], t.id_max.iloc[-1] + 1)
     return pa.table([ids, p[:, MODS.index('DMS')], p[:, MODS.index('2A3')]], schema=SUBMISSION)
 
-def _folded_blocks(job, todo, seqs, bpps, eng):
+def _folded_blocks(job, todo, seqs, bpps, eng, tick):
     "(number, BPP store) of each block; without a folder to keep them in, its BPPs live as long as the block"
     shared = BppStore(bpps, eng) if bpps else None
     for k in todo:
         bpp = shared if bpps else BppStore(None, eng)
-        bpp.fill(seqs.take(*job.cut[k:k+2]).sequence, quiet=True)
+        bpp.fill(seqs.take(*job.cut[k:k+2]).sequence, quiet=True, tick=tick)
         yield k,bpp
 
 def run_job(
@@ -388,24 +376,24 @@ def run_job(
     todo,end = [k for k in job.missing() if k % shard[1] == shard[0]],time.monotonic() + .97*3600*hours if hours else np.inf
     size = sum(job.cut[k+1] - job.cut[k] for k in range(shard[0], len(job), shard[1]))
     left = sum(job.cut[k+1] - job.cut[k] for k in todo)
-    blocks = _folded_blocks(job, todo, seqs, bpps, folding(model.cfgs[0]))
-    if model.weights.is_cuda: blocks = ahead(blocks, 1)  # the processor folds while the GPU predicts
     with job.locked(f'shard-{shard[0]+1}-of-{shard[1]}') as mine,stoppable() as got,progress(desc='predict', total=size, unit='seq', initial=size-left) as bar:
         if not mine: raise ValueError(f"{job.folder}: another process works on this shard already: wait for it, or stop it")
         def tick(n):
             bar.update(n)
             if got: raise Stopped(f"{got[0]}: {len(job) - len(job.missing())} of {len(job)} parts are kept in {job.folder}, the same command goes on")
-        for k,bpp in blocks:
+        blocks = _folded_blocks(job, todo, seqs, bpps, folding(model.cfgs[0]), lambda: tick(0))
+        for k,bpp in ahead(blocks, 1) if model.weights.is_cuda else blocks:  # the processor folds while the GPU predicts
             if time.monotonic() > end: break
             job.write(k, predict_block(model, seqs, *job.cut[k:k+2], bpp, structures, tick))
 
 # %% ../nbs/05_infer.ipynb #9d28a3aa
+def is_csv(path): return Path(path).name.endswith(('.csv','.csv.gz'))
+
 @contextmanager
 def table_writer(path, schema):
     "A function that appends a table to a Parquet or, if the name says so, CSV file, which appears when all is written"
-    with writable(path),atomic(path) as tmp,(pv.CSVWriter(tmp, schema) if str(path).endswith('.csv') else
-                                             pq.ParquetWriter(tmp, schema, write_page_checksum=True)) as w:
-        yield w.write_table
+    with writable(path),atomic(path) as tmp,pa.output_stream(tmp, compression='gzip' if Path(path).suffix == '.gz' else None) as f:
+        with pv.CSVWriter(f, schema) if is_csv(path) else pq.ParquetWriter(f, schema, write_page_checksum=True) as w: yield w.write_table
 
 def by_position(table)->pa.Table:
     "Rows of `predict` as one row per position: name, position, nt, reactivity_…, structure"
@@ -439,7 +427,7 @@ def join(job:Job, seqs:Sequences)->bool: # was it joined here? else another proc
     return True
 
 def _write_joined(job, seqs, size=16<<20):
-    long = seqs.low is None and str(job.out).endswith('.csv')
+    long = seqs.low is None and is_csv(job.out)
     form = lambda t: by_position(t.to_pandas()) if long else t
     parts = _checked_parts(job, seqs)
     first = next(parts)
@@ -493,17 +481,19 @@ def measured_profiles(store:Store, sequences)->dict: # sequence → (l m), its m
 
 def _arrays(row, kind): return np.stack([row[f'{kind}_{m}_MaP'] for m in MODS], 1) if f'{kind}_2A3_MaP' in row else None
 
+def plain(name): return str(name).replace('$', r'\$')  # to matplotlib, a pair of these is mathematics
+
 def rna_figures(
     row, # of the table of `predict`
     bpp, # (l l)
     react=None, # measured, (l m)
 ):
     "Name and figure of what there is to see about one RNA"
-    pred,s = _arrays(row, 'reactivity'),row['sequence']
-    yield 'profile',plot_band(s, pred, _arrays(row, 'low'), _arrays(row, 'high'), react, row.get('structure_guided', ''), f"{row['name']}: predicted reactivity")
-    yield 'arcs',plot_arcs(bpp, pred, s, f"{row['name']}: base-pair probabilities and predicted reactivity")
+    pred,s,name = _arrays(row, 'reactivity'),row['sequence'],plain(row['name'])
+    yield 'profile',plot_band(s, pred, _arrays(row, 'low'), _arrays(row, 'high'), react, row.get('structure_guided', ''), f"{name}: predicted reactivity")
+    yield 'arcs',plot_arcs(bpp, pred, s, f"{name}: base-pair probabilities and predicted reactivity")
     if 'structure_guided' in row:
-        yield 'structure',plot_structure(s, row['structure_guided'], pred[:,0], f"{row['name']}: minimum free energy with the predicted 2A3 as evidence").figure
+        yield 'structure',plot_structure(s, row['structure_guided'], pred[:,0], f"{name}: minimum free energy with the predicted 2A3 as evidence").figure
 
 def set_figures(table, measured):
     "Name and figure of what there is to see about many RNAs"
@@ -532,11 +522,10 @@ def all_figures(table, bpp, measured, model=None, most=20):
     for k,row in enumerate(table.head(most).to_dict('records'), 1):
         stem = f"{k:02d}_{re.sub('[^A-Za-z0-9_.-]', '_', str(row['name']))[:60]}"
         for name,fig in rna_figures(row, bpp([row['sequence']])[0], measured.get(row['sequence'])): yield f'{stem}_{name}',f"{row['name']}: {name}",fig
-    if model is not None: yield 'mutate_and_map','Mutate and map',mutate_and_map(model, table.sequence[0], f'{table.name[0]}: predicted mutate-and-map')
+    if model is not None: yield 'mutate_and_map','Mutate and map',mutate_and_map(model, table.sequence[0], f'{plain(table.name[0])}: predicted mutate-and-map')
 
 def write_figures(figures, folder)->int: # how many
     "Each as PNG"
-    Path(folder).mkdir(parents=True, exist_ok=True)
     n = 0
     for n,(name,_,fig) in enumerate(figures, 1):
         with atomic(Path(folder)/f'{name}.png') as p: fig.savefig(p, dpi=120, format='png')
@@ -606,9 +595,10 @@ def infer_file(
     hours:float=0., # stop in time; 0: no limit
 )->str: # what was done, in one line
     "Predict a file, going on where an earlier start stopped"
-    out,seqs = _checked(out, source, report)
+    out,seqs = _checked(out, source, figures, report)
+    if bpps: BppStore(bpps, folding(model.cfgs[0]))  # an error of the store comes first
     if structures and seqs.low is None: vienna()
-    job = Job(out, job_of(model, seqs, structures), len(seqs))
+    job = Job(out, job_of(model, seqs, structures), seqs.length)
     run_job(job, model, seqs, bpps, structures, shard, hours)
     if gone := job.missing():
         why = f'shard {shard[0]+1} of {shard[1]} is done' if all(k % shard[1] != shard[0] for k in gone) else 'time is up, the same command goes on'
@@ -617,10 +607,11 @@ def infer_file(
     text = f'{out}: {len(seqs)} sequences' if seqs.low is None else f'{out}: submission of {int(seqs.length.sum())} rows'
     return text + draw_file(model, seqs, bpps, figures, report, structures, measured, mutate)
 
-def _checked(out, source, report): # path, sequences; ValueError before anything is computed
+def _checked(out, source, figures, report): # path, sequences; ValueError before anything is computed
     out = check_target(out, source)
-    if out.suffix not in ('.parquet','.csv','.rdat'): raise ValueError(f"{out}: the output is a .parquet, .csv or .rdat file")
+    if not is_csv(out) and out.suffix not in ('.parquet','.rdat'): raise ValueError(f"{out}: the output is a .parquet, .csv, .csv.gz or .rdat file")
     if report: check_target(report, source, out)
+    if figures: check_target(Path(figures)/'x')
     seqs = Sequences(source)
     if out.suffix == '.rdat' and (seqs.low is not None or len(seqs) > 10_000): raise ValueError(f"{out}: RDAT holds up to 10,000 RNAs and no submission: write .parquet or .csv")
     return out,seqs
@@ -644,8 +635,8 @@ def draw_file(model, seqs, bpps, figures, report, structures, measured, mutate)-
             c: table[c] for c in ('eterna_score','eterna_score_guided') if c in table})
         words = f'{len(seqs)} sequences of {seqs.path.name}; models: {", ".join(map(str, model.paths))}; predicted, not measured.'
         fasta = '\n'.join(f"{r['name']}\n{r['sequence']}\n{r['structure_guided']}" for r in table.head(20).to_dict('records')) if 'structure' in table else ''
-        write_report(report, f'Predicted reactivity: {seqs.path.name}', [('', words), ('Summary', brief), *([('Structures, guided by the predicted 2A3', fasta)]*bool(fasta)),
-                                                                         *((title, fig) for _,title,fig in draw())])
+        write_report(report, f'Predicted reactivity: {seqs.path.name}', itertools.chain(
+            [('', words), ('Summary', brief)], [('Structures, guided by the predicted 2A3', fasta)]*bool(fasta), ((title, fig) for _,title,fig in draw())))
         text += f'; report {report}'
     return text
 
@@ -664,7 +655,7 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
 @command()
 @click.argument('sequences', type=click.Path(path_type=Path))
 @click.option('--ckpt', multiple=True, type=click.Path(path_type=Path), help='Run folder, checkpoint, or ensemble file of ribo_score --fit; several make an ensemble.  [default: the models that come with ribo_nb]')
-@click.option('--out', required=True, type=click.Path(path_type=Path), help='File to write: .parquet, .csv or (tables only) .rdat.')
+@click.option('--out', required=True, type=click.Path(path_type=Path), help='File to write: .parquet, .csv, .csv.gz or (tables only) .rdat.')
 @click.option('--flip/--no-flip', default=None, help='Also read every RNA from its other end: a little better, twice the time.  [default: as the ensemble file says, else no]')
 @click.option('--raw', is_flag=True, help='The last weights instead of their running average, where a run kept both.')
 @click.option('--precision', default='fp32', type=click.Choice(['fp32','bf16','fp16','auto']), help='Of the arithmetic.')
@@ -686,6 +677,7 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
     FASTA, or a table with a column `sequence`, gives a table: one row per sequence (CSV: per nucleotide).
     Kaggle's test_sequences (with id_min and id_max) gives a submission. Stopped, killed or cut off, the same
     command goes on where it was. Exit code 75: asked to stop, and all finished parts are kept."""
+    if mutate and not (figures or report): raise click.UsageError('--mutate draws into --figures or --report: give one.')
     if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     model = load(list(ckpt) or None, device, flip, raw, precision)
     if not ckpt and not int(os.environ.get('LOCAL_RANK', 0)): click.echo(shipped(), err=True)
@@ -694,7 +686,8 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
         click.echo(f'{out}: {n} sequences with pseudo-labels, behind the rows of {pseudo}'); return
     if merge:
         seqs = Sequences(sequences)
-        join(Job(check_target(out, sequences), job_of(model, seqs, not no_structure), len(seqs)), seqs)
+        if not out.with_name(f'{out.name}.parts').is_dir(): raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")
+        join(Job(check_target(out, sequences), job_of(model, seqs, not no_structure), seqs.length), seqs)
         click.echo(f'{out}: joined'); return
     try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, Store(measured) if measured else None, mutate, shard, hours))
     except Stopped as e:

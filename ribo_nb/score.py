@@ -94,8 +94,8 @@ def check_submission(
     test, # test_sequences (FASTA has no ids) or a sample submission
 )->int: # rows
     "Raise ValueError, naming the first broken rule with row and remedy, unless this is a submission for `test`"
-    names = pq.read_schema(test).names if is_parquet(test) else pd.read_csv(test, nrows=0).columns.tolist() if Path(test).is_file() else []
-    if 'sequence' in names or not Path(test).is_file():
+    with readable(test, 'test_sequences or a sample submission'): names = pq.read_schema(test).names if is_parquet(test) else pv.open_csv(test).schema.names
+    if 'sequence' in names:
         seqs = Sequences(test)
         if seqs.low is None: raise ValueError(f"{test}: has no id_min and id_max: give Kaggle's test_sequences")
         first,last = int(seqs.low[0]),int(seqs.low[-1] + seqs.length[-1] - 1)
@@ -361,6 +361,8 @@ def _show(t):
 def ribo_score(submission, solution, test, store, bpps, check, fit, ckpt, runs, figure, report):
     """Official score (mean absolute error, lower is better) of SUBMISSION against SOLUTION; --check, --fit and --runs do something else instead."""
     fig = None
+    if report and not runs: raise click.UsageError('--report is about --runs: give them.')
+    if figure and not (runs or fit or test): raise click.UsageError('--figure draws errors by length and data set: give --test.')
     if runs:
         table,fig = compare(runs)
         click.echo(table.to_string())
@@ -380,5 +382,6 @@ def ribo_score(submission, solution, test, store, bpps, check, fit, ckpt, runs, 
         if store: click.echo('\n' + report_overlap(Sequences(test), Store(store)))
         groups = {g: t.xs((submission.stem, g), level=('who','group')).official.to_dict() for g in t.index.unique('group') if g != 'all'}
         if figure and groups: fig = plot_errors(groups)
-    if fig is not None and figure: fig.savefig(figure, dpi=120)
+    if fig is not None and figure:
+        with atomic(figure) as p: fig.savefig(p, dpi=120, format=figure.suffix[1:] or 'png')
     if fig is not None: plt.close(fig)

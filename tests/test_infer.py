@@ -2,9 +2,11 @@
 import gzip,json,os,random,signal,subprocess,time
 import numpy as np,pandas as pd,pytest
 from helpers import BIN,REAL,ROOT,TINY,call,env,invoke,start
+from ribo_nb.bpp import BppStore
 from ribo_nb.data import sequence_id,simulate
 from ribo_nb.infer import Job,Sequences,join,load,predict,read_sequences_file,run_job
 from ribo_nb.score import check_submission
+from ribo_nb.train import Stopped
 
 KILLS = int(os.environ.get('RIBO_KILLS', 2))  # 10, on 5,000 sequences, is what the issue asks for
 N = 5000 if KILLS >= 10 else 1100
@@ -54,6 +56,33 @@ def test_killed_at_any_moment_gives_the_same_file(runs, test_set, tmp_path):
     assert not list(tmp_path.glob('*.parts')) and not list(tmp_path.glob('.*')), codes
     assert check_submission(tmp_path/'cut.parquet', test_set) == len(pd.read_parquet(tmp_path/'whole.parquet'))
 
+def test_stopped_while_folding(runs, test_set, tmp_path, monkeypatch):
+    "SIGTERM is heard before the block is folded and predicted, and the same call goes on"
+    fill,seqs = BppStore.fill,Sequences(test_set)
+    def interrupted(self, *a, tick, **kw):
+        signal.raise_signal(signal.SIGTERM)
+        return fill(self, *a, tick=tick, **kw)
+    job,model = Job(tmp_path/'o.parquet', {}, seqs.length),load(runs/'a', 'cpu')
+    monkeypatch.setattr(BppStore, 'fill', interrupted)
+    with pytest.raises(Stopped, match='SIGTERM: 0 of'): run_job(job, model, seqs, tmp_path/'bpp')
+    monkeypatch.undo()
+    run_job(job, model, seqs, tmp_path/'bpp')
+    assert not job.missing()
+
+def test_compressed_csv_and_names_as_they_are(runs, tmp_path):
+    "The same table, plain and gzip; a name that would be mathematics in a figure's title"
+    (tmp_path/'x.tsv').write_text('id\tsequence\na$b_{$\tGGGAAACCCACGU\n')
+    for out in 'o.csv','o.csv.gz':
+        r = invoke('ribo_infer', tmp_path/'x.tsv', '--ckpt', runs/'a', '--out', tmp_path/out, '--no-structure', '--figures', tmp_path/'figs')
+        assert r.exit_code == 0, r.output
+    one,two = (pd.read_csv(tmp_path/f) for f in ('o.csv','o.csv.gz'))
+    assert one.equals(two) and set(one.name) == {'a$b_{$'} and list((tmp_path/'figs').glob('*_profile.png'))
+
+def test_two_outputs_of_one_name(runs, tmp_path):
+    (tmp_path/'x.fa').write_text('>a\nGGGAAACCC\n')
+    r = invoke('ribo_infer', tmp_path/'x.fa', '--ckpt', runs/'a', '--out', tmp_path/'o.csv', '--report', tmp_path/'o.csv')
+    assert r.exit_code == 1 and 'give another name' in r.output and not (tmp_path/'o.csv').exists()
+
 def test_shards_order_and_batches_change_nothing(runs, test_set, tmp_path):
     "Two processes of torchrun's kind, shuffled rows, another block size: the same numbers"
     few = pd.read_csv(test_set)[:300]
@@ -64,7 +93,7 @@ def test_shards_order_and_batches_change_nothing(runs, test_set, tmp_path):
     model = load([runs/'a', runs/'b'], 'cpu', flip=True)
     for name,source,block in (('one','few.csv',512), ('s','shuffled.csv',512), ('b','few.csv',100)):
         seqs = Sequences(tmp_path/source)
-        job = Job(tmp_path/f'{name}.parquet', {}, len(seqs), block)
+        job = Job(tmp_path/f'{name}.parquet', {}, seqs.length, block)
         run_job(job, model, seqs); join(job, seqs)
     two = pd.read_parquet(tmp_path/'two.parquet')
     for name in 'one','s','b':
