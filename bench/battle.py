@@ -3,16 +3,16 @@
 \b
     python bench/battle.py prepare ../shared/data/ribonanza_train_data.parquet --groups ../shared/data/ribonanza_sequence_groups.parquet --1m7 ../shared/data/eternabench_1m7_dev.parquet
     python bench/battle.py run                    # everything, on one GPU; killed? the same command goes on
-    python bench/battle.py run --table large --table 'last pass'   # what ships: its large member, minutes on a GPU
-    python bench/battle.py run --table '1M7 first' --table sibling --table final --table 'even final' --threads 1  # the rest: 2 hours on two cores
-    python bench/battle.py run --table main       # one question; RibonanzaNet starves what runs beside it: --workers 1
+    python bench/battle.py run --shipped          # only what ships, and the siblings that say what it is worth
+    python bench/battle.py run --table scaled --threads 1  # one question, on two cores
+    python bench/battle.py run --table main --workers 1    # another, on a GPU: RibonanzaNet starves what runs beside it
     python bench/battle.py ship                   # → ribo_nb/weights
     python bench/battle.py report                 # → bench/battle/results.json, errors.parquet, tables and figures
 """
 import os
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
-from ribo_nb.battle import battle_stores,collect,floors,lookups,more_data,parallel_work,plan,plot_ablation,ship,speed,table_of
+from ribo_nb.battle import MEMBERS,battle_stores,collect,floors,lookups,more_data,needed,parallel_work,plan,plot_ablation,ship,speed,table_of
 from ribo_nb.data import datamount
 
 here = Path(__file__).parent/'battle'
@@ -24,9 +24,9 @@ def main(ctx, folder): ctx.obj = folder or datamount()/'battle'
 
 @main.command()
 @click.argument('raw')
-@click.option('--groups', help='Table with sequence_id and cluster: families that must not straddle folds, beside our own.')
+@click.option('--groups', help='Table with sequence_id, cluster, source and family: families that must not straddle folds, beside our own; scans.')
 @click.option('--1m7', 'm7', help='Table of 1M7 profiles, in the same format: to pretrain on, never to score.')
-@click.option('--more', multiple=True, help='Tables with a column `sequence`, for pseudo-labels.')
+@click.option('--more', multiple=True, help='Tables with a column `sequence`, for pseudo-labels; 1M7 is among them anyway.')
 @click.pass_obj
 def prepare(folder, raw, groups, m7, more):
     "RAW, Kaggle's wide table, → the stores of the battle"
@@ -35,15 +35,17 @@ def prepare(folder, raw, groups, m7, more):
     if groups: (folder/'groups.parquet').write_bytes(Path(groups).read_bytes())
 
 @main.command()
-@click.option('--table', multiple=True, help='Only these tables of the plan.')
+@click.option('--table', multiple=True, type=click.Choice(list(dict.fromkeys(j.table for j in plan()))), help='Only these tables of the plan, and what they wait for.')
+@click.option('--shipped', is_flag=True, help='Only what ships, and its siblings.')
 @click.option('--hours', default=12., show_default=True, help='Runs stop in time.')
 @click.option('--workers', default=2, show_default=True, help='Runs at the same time.')
 @click.option('--threads', default=0, help="CPU threads of each.  [default: torch's]")
 @click.pass_obj
-def run(folder, table, hours, workers, threads):
+def run(folder, table, shipped, hours, workers, threads):
     "Train what has not been trained yet"
     if threads: os.environ['OMP_NUM_THREADS'] = str(threads)
-    jobs = [j for j in plan() if not table or j.table in table]
+    ships = [n for run,siblings in MEMBERS.values() for n in (run, *siblings)]
+    jobs = needed(ships if shipped else [j.name for j in plan() if not table or j.table in table])
     if gone := sorted({f'{j.data}.parquet' for j in jobs if not j.data.startswith('pseudo')} - {p.name for p in folder.glob('*.parquet')}):
         click.echo(f"{folder}: no {', '.join(gone)}: their runs are left out (see prepare --help)", err=True)
         jobs = [j for j in jobs if f'{j.data}.parquet' not in gone]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FAST', 'TINY', 'SWAPS', 'SWITCHES', 'MEMBERS', 'refold', 'joined_families', 'some_of', 'is_scan', 'thin_scans',
            'battle_stores', 'eight_mers', 'strangers', 'more_data', 'Job', 'contenders', 'repeat', 'full_size',
-           'small_ones', 'what_ships', 'on_gpu', 'on_cpu', 'plan', 'pseudo_store', 'do', 'work', 'parallel_work',
-           'timed', 'speed', 'context_keys', 'context_lookup', 'lookups', 'to_others', 'floors', 'units', 'collect',
-           'redrawn', 'with_interval', 'half', 'fold_predictions', 'ship', 'shipped_scores', 'interval_of', 'table_of',
-           'plot_ablation']
+           'small_ones', 'what_ships', 'on_gpu', 'on_cpu', 'plan', 'needed', 'pseudo_store', 'do', 'work',
+           'parallel_work', 'timed', 'speed', 'context_keys', 'context_lookup', 'lookups', 'to_others', 'floors',
+           'units', 'collect', 'redrawn', 'with_interval', 'half', 'fold_predictions', 'ship', 'shipped_scores',
+           'interval_of', 'table_of', 'plot_ablation']
 
 # %% ../nbs/07_battle.ipynb #f1997a36
 import gc,json,multiprocessing,os,statistics,sys,time
@@ -241,9 +241,17 @@ def plan()->list: # of Job, in the order in which they are worth doing
     "All runs of the battle; what each costs stands in the results"
     return what_ships() + on_gpu() + on_cpu()
 
+def needed(names)->list: # of Job
+    "Jobs of the plan by name, and all that they wait for, in the plan's order"
+    jobs,todo,out = {j.name: j for j in plan()},list(names),set()
+    while todo:
+        out.add(name := todo.pop())
+        todo += jobs[name].after
+    return [j for n,j in jobs.items() if n in out]
+
 # %% ../nbs/07_battle.ipynb #d2f68636
 def pseudo_store(folder, job, sequences)->Path:
-    "The store `pseudo_NAME_k` of a student: rows and folds of NAME, and what its teachers say of sequences that nobody has measured"
+    "The store `pseudo_NAME_k` of a student: rows and folds of NAME, and what its teachers say of sequences without 2A3 or DMS profiles"
     path,folder = Path(folder)/f'{job.data}.parquet',Path(folder)
     with FileLock(f'{path}.lock'):
         if not path.exists():
@@ -265,11 +273,12 @@ def do(
 
 def work(jobs, folder, end, lag=0.): # end: when, by time.monotonic()
     "Do jobs one after the other until time is up; several processes may share the list"
-    runs = Path(folder)/'runs'
+    runs,after = Path(folder)/'runs',{j.name: j.after for j in jobs}
     time.sleep(lag)
     done = lambda n: (runs/n/'metrics.json').exists()
+    lost = lambda n: not done(n) and (n not in after or (runs/f'{n}.failed').exists() or any(map(lost, after[n])))  # nobody will do it
     runs.mkdir(parents=True, exist_ok=True)
-    while todo := [j for j in jobs if not done(j.name)]:
+    while todo := [j for j in jobs if not done(j.name) and not lost(j.name)]:
         for job in todo:
             if time.monotonic() > end: return
             if done(job.name) or not all(map(done, job.after)): continue
@@ -281,7 +290,7 @@ def work(jobs, folder, end, lag=0.): # end: when, by time.monotonic()
                     click.echo(f'{job.name}: {time.monotonic()-begin:.0f} s', err=True)
                     break
             except Timeout: continue
-            except Exception as e: (runs/f'{job.name}.failed').write_text(repr(e)); click.echo(f'{job.name} FAILED: {e!r}', err=True); jobs = [j for j in jobs if j != job]; break
+            except Exception as e: (runs/f'{job.name}.failed').write_text(repr(e)); click.echo(f'{job.name} FAILED: {e!r}', err=True); break
             finally: torch._dynamo.reset(); gc.collect(); torch.cuda.is_initialized() and torch.cuda.empty_cache()
         else: time.sleep(1)
 
@@ -290,6 +299,7 @@ def parallel_work(jobs, folder, seconds, workers):
     "`work` in several processes, on one GPU or on all cores"
     spawn = multiprocessing.get_context('spawn')
     end = time.monotonic() + seconds
+    for j in jobs: (Path(folder)/'runs'/f'{j.name}.failed').unlink(missing_ok=True)  # another chance
     ps = [spawn.Process(target=work, args=(jobs, folder, end, .5*k)) for k in range(workers)]
     for p in ps: p.start()
     for p in ps: p.join()
@@ -445,9 +455,9 @@ def half(ck)->dict: # weights of a checkpoint, fractions with 16 bits
 def fold_predictions(folder, name)->dict: # sequence → (l m)
     "What a run says of the sequences that it held out; kept in `preds`, since the weights of some runs stay on a rented machine"
     job,folder = next(j for j in plan() if j.name == name),Path(folder)
-    store,kept = Store(folder/f'{job.data}.parquet'),folder/'preds'/f'{name}.npy'
+    store,kept,best = Store(folder/f'{job.data}.parquet'),folder/'preds'/f'{name}.npy',folder/'runs'/name/'best.pt'
     rows = held_out(store, job.cfg.fold)
-    if not kept.exists():
+    if not kept.exists() or best.exists() and best.stat().st_mtime > kept.stat().st_mtime:
         bpp = BppStore(folder/'bpp', folding(job.cfg))
         bpp.fill(store.rows.sequence.iloc[rows])
         preds = predict_rows(load(folder/'runs'/name, flip=job.cfg.flip), store, bpp, rows)
@@ -463,6 +473,8 @@ def ship(
 )->pd.DataFrame: # scores on what the siblings held out
     "Half-precision weights of the final runs; how much each counts and how sure they are, from their siblings"
     folder,out,store = Path(folder),Path(out),Store(Path(folder)/'check.parquet')
+    if gone := [n for n,_ in MEMBERS.values() if not (folder/'runs'/n/'best.pt').exists()]:
+        raise FileNotFoundError(f"{folder/'runs'}: no best.pt in {', '.join(gone)}: `python bench/battle.py run --shipped` trains them")
     rows = held_out(store, 0)
     each = {k: dict(p for n in names for p in fold_predictions(folder, n).items()) for k,(_,names) in MEMBERS.items()}
     preds = np.stack([np.concatenate([p[s] for s in store.rows.sequence.iloc[rows]]) for p in each.values()])
@@ -475,7 +487,8 @@ def ship(
         save(out/f'{k}.pt', replace(ck['cfg'], start='', time_budget=0.), model=half(ck))
     model = load([out/f'{k}.pt' for k in MEMBERS])
     final = Ensemble(model.members, model.cfgs, model.paths, weights, calibration=calibrate(*mean_spread(p, weights), y))
-    data = "16,294 sequences of Ribonanza's libraries 15k, PK50 and PK90 (2A3, DMS); the small models began on 10,372 of EternaBench (1M7)"
+    own,other = (Store(folder/f'{n}.parquet').rows.sequence.nunique() for n in ('check','1M7'))
+    data = f"{own:,} sequences of Ribonanza's libraries 15k, PK50 and PK90 (2A3, DMS); the small models began on {other:,} of EternaBench (1M7)"
     save_ensemble(out/'ensemble.json', final, flip=False, data=data, fitted=dict(held_out='folds 1 and 2', positions=len(y)))
     vienna = BppStore(folder/'bpp', engine('vienna'))
     vienna.fill(store.rows.sequence)
@@ -532,11 +545,10 @@ def plot_ablation(results, errors_, base='all as in cfg_0', table='ablation')->p
     own = t[t.what == base].set_index('k').official
     fig,ax = plt.subplots(figsize=(7.5, .6 + .36*len(names)), layout='constrained')
     for y,(name,(mid,low,high)) in enumerate(sorted(((w, interval_of(e, w, base)) for w in names), key=lambda x: -x[1][0])):
-        color = '.55' if low <= 0 <= high else '#c8553d' if low > 0 else '#2a6f97'
-        n = (t.what == name).sum()
-        ax.plot([low, high], [y, y], color=color, lw=3, alpha=.5, solid_capstyle='round'); ax.plot(mid, y, 'o', color=color, mfc=color if n > 2 else 'white')
         d = t[t.what == name].set_index('k').official - own
+        color,n = '.55' if low <= 0 <= high or d.min() < 0 < d.max() else '#c8553d' if low > 0 else '#2a6f97',len(d)  # grey: RNAs or seeds disagree
+        ax.plot([low, high], [y, y], color=color, lw=3, alpha=.5, solid_capstyle='round'); ax.plot(mid, y, 'o', color=color, mfc=color if n > 2 else 'white')
         ax.plot(d, np.full(len(d), y) + .22, '|', color=color, ms=5); ax.text(1.01, y, f'{mid:+.4f} ({n})', transform=ax.get_yaxis_transform(), va='center', fontsize=9)
         ax.text(-.01, y, name, transform=ax.get_yaxis_transform(), va='center', ha='right', fontsize=9)
-    ax.axvline(0, color='k', lw=.8); ax.set(yticks=[], xlabel='official MAE minus that of the unchanged model (right: worse; in brackets: seeds, hollow: fewer than 3)'); sns.despine(fig, left=True)
+    ax.axvline(0, color='k', lw=.8); ax.set(yticks=[], xlabel='official MAE less that of the unchanged model (left: better; in brackets: seeds)'); sns.despine(fig, left=True)
     return fig
