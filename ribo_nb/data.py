@@ -1269,7 +1269,7 @@ def kaggle_raw()->Path:
 def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout):
     "Turn RAW, a table of reactivity profiles in Kaggle's wide format (CSV, CSV.gz or Parquet), into a store."
     if (raw is not None) + (n_sim is not None) + kaggle != 1: raise click.UsageError('Give either RAW, a table to convert, or --kaggle, or --simulate N.')
-    if out and not is_parquet(out): raise click.BadParameter(f"{out}: a store is Parquet: give it a name that ends in .parquet", param_hint='--out')
+    if out and out.suffix.lower() in ('.csv','.tsv','.txt','.gz'): raise click.BadParameter(f"{out}: a store is Parquet: give it a name that ends in .parquet", param_hint='--out')
     if holdout and holdout.is_file(): raise click.BadParameter(f"{holdout}: is a file, expected a folder", param_hint='--holdout')
     if kaggle: raw = kaggle_raw()
     if n_sim:

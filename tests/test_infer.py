@@ -129,7 +129,7 @@ def test_nothing_starts_when_a_member_is_bad(runs, mount, tmp_path):
     r = invoke('ribo_infer', mount/'test'/'test_sequences.csv', '--ckpt', runs/'a', '--ckpt', bad, '--out', tmp_path/'o.parquet')
     assert r.exit_code == 1 and 'bad.pt: damaged' in r.output and [p.name for p in tmp_path.iterdir()] == ['bad.pt']
     r = invoke(*infer(runs, mount/'test'/'test_sequences.csv', tmp_path/'o.txt'))
-    assert r.exit_code == 1 and 'is a .parquet, .csv or .rdat' in r.output
+    assert r.exit_code == 1 and 'is a .parquet, .csv, .csv.gz or .rdat' in r.output
 
 def test_kaggles_own_format(runs, tmp_path):
     "Real files of the competition's form, where they are"
