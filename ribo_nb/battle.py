@@ -196,6 +196,7 @@ def small_ones()->dict: # name → configuration
     return {'squeezeformer': replace(cfgs['cfg_0'], **new, n_layer=6, d_model=128, compile=True),
             'mamba': replace(cfgs['cfg_mamba'], **new, n_layer=5, d_model=96)}
 
+# %% ../nbs/07_battle.ipynb #b2411c9d
 def what_ships()->list:
     "What ships, and siblings without folds 1 and 2 that show what it is worth"
     out = []
@@ -209,6 +210,7 @@ def what_ships()->list:
     even = replace(last.cfg, n_epoch=2, batch_size=32, lr=1e-3, compile=True)
     return out + [large, last, Job('even final', 'squeezeformer-large', 0, even, 'even', (last.name,), last.name)]
 
+# %% ../nbs/07_battle.ipynb #30fc27ce
 def on_gpu()->list:
     "The networks at full size"
     ways,out = contenders(3),[]
@@ -271,6 +273,7 @@ def do(
     if job.start: cfg = replace(cfg, start=str(folder/'runs'/job.start/'best.pt'))
     train_run(replace(cfg, time_budget=seconds/3600/.95), data, out, folder/'bpp', brief=True)
 
+# %% ../nbs/07_battle.ipynb #90d3dd83
 def work(jobs, folder, end, lag=0.): # end: when, by time.monotonic()
     "Do jobs one after the other until time is up; several processes may share the list"
     runs,after = Path(folder)/'runs',{j.name: j.after for j in jobs}
@@ -304,6 +307,7 @@ def parallel_work(jobs, folder, seconds, workers):
     for p in ps: p.start()
     for p in ps: p.join()
 
+# %% ../nbs/07_battle.ipynb #19826a72
 def timed(f): # seconds
     torch.cuda.is_available() and torch.cuda.synchronize()
     begin = time.perf_counter()

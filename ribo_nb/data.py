@@ -303,6 +303,13 @@ def writable(
     except OSError as e:
         raise ValueError(f"{path}: cannot be written ({e.strerror or e}): free space, or choose another output") from e
 
+# %% ../nbs/00_data.ipynb #0b0c2e12
+def _open_csv(f, path, columns=()):
+    "Batches of these columns, as text; rows are counted, so that an error can name one"
+    form = pv.ParseOptions(delimiter='\t' if '.tsv' in path.suffixes else ',', newlines_in_values=True)
+    text = pv.ConvertOptions(include_columns=columns, column_types=dict.fromkeys(columns, pa.string()))
+    return pv.open_csv(f, pv.ReadOptions(use_threads=False, block_size=1<<20), form, text)
+
 def text_tables(
     path, # CSV, TSV (also gzip) or Parquet
     columns=None, # those of these that it has; default: all
@@ -312,15 +319,13 @@ def text_tables(
     with readable(path, 'a CSV or Parquet table') as p,open(p, 'rb') as raw:
         f = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b'\x1f\x8b' else raw
         if raw.peek(2)[:2] in (b'\xff\xfe', b'\xfe\xff'): raise ValueError(f"{p}: is UTF-16: save it as UTF-8")
-        form = pv.ParseOptions(delimiter='\t' if '.tsv' in p.suffixes else ',', newlines_in_values=True)
-        head = lambda **kw: pv.open_csv(f, pv.ReadOptions(use_threads=False, block_size=1<<20), form, pv.ConvertOptions(**kw))
-        names = pq.read_schema(p).names if is_parquet(p) else head().schema.names
+        names = pq.read_schema(p).names if is_parquet(p) else _open_csv(f, p).schema.names
         if bad := [c for c in needed if names.count(c) != 1]:
             raise ValueError(f"{p}: column(s) {', '.join(bad)} are missing or there twice, it has "
                              f"{', '.join(map(str, names[:8]))}{' …' if names[8:] else ''}")
         use,first = [c for c in columns or names if c in names],0
         f.seek(0)
-        for b in pq.ParquetFile(p).iter_batches(4096, columns=use) if is_parquet(p) else head(include_columns=use, column_types=dict.fromkeys(use, pa.string())):
+        for b in pq.ParquetFile(p).iter_batches(4096, columns=use) if is_parquet(p) else _open_csv(f, p, use):
             yield b.to_pandas().set_axis(range(first, first+len(b)))
             first += len(b)
         if not first: raise ValueError(f"{p}: the table has no rows")
@@ -332,6 +337,7 @@ def read_table(
     "A whole table"
     return pd.concat(text_tables(path, columns, columns or ()))
 
+# %% ../nbs/00_data.ipynb #7a6ed7b0
 def numbers(
     df:pd.DataFrame, # its index counts the file's rows from 0
     columns, # that have to be numbers

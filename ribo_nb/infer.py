@@ -146,6 +146,7 @@ def interval(
         low[:,m],high[:,m] = (pred[:,m] + np.minimum(lo, 0)).clip(0, 1),(pred[:,m] + np.maximum(hi, 0)).clip(0, 1)
     return low,high
 
+# %% ../nbs/05_infer.ipynb #0cdd21be
 LONGEST = 5000  # nt; memory and time grow with the square of the length
 
 def check_length(n, who):
@@ -174,6 +175,7 @@ def predict(
         for i,mod in enumerate(MODS): out[f'{k}_{mod}_MaP'] = [np.ascontiguousarray(x[:,i]) for x in v]
     return add_structures(out, tick) if structures else out
 
+# %% ../nbs/05_infer.ipynb #857dd637
 def add_structures(table:pd.DataFrame, tick=lambda n: None)->pd.DataFrame: # with structure, structure_guided and their Eterna scores
     "Dot-brackets without and with the predicted 2A3 reactivity as evidence, folded in threads"
     from joblib import Parallel,delayed
@@ -355,6 +357,7 @@ def predict_block(model, seqs, a, b, bpp, structures, tick)->pa.Table:
     ids = np.arange(t.id_min.iloc[0], t.id_max.iloc[-1] + 1)
     return pa.table([ids, p[:, MODS.index('DMS')], p[:, MODS.index('2A3')]], schema=SUBMISSION)
 
+# %% ../nbs/05_infer.ipynb #ea529e9d
 def _folded_blocks(job, todo, seqs, bpps, eng, tick):
     "(number, BPP store) of each block; without a folder to keep them in, its BPPs live as long as the block"
     shared = BppStore(bpps, eng) if bpps else None
@@ -403,6 +406,7 @@ def by_position(table)->pa.Table:
     return pa.table({'name': long.name.astype(str).to_numpy(), 'position': long.position.to_numpy(np.int64)} | {
         c: long[c].to_numpy(str) if c == 'nt' or c.startswith('structure') else long[c].to_numpy(float).round(4) for c in ('nt', *cols)})
 
+# %% ../nbs/05_infer.ipynb #db562b16
 def _checked_parts(job, seqs):
     for k in progress(range(len(job)), 'join', unit='part'):
         t,own = job.read(k),slice(*job.cut[k:k+2])
@@ -481,6 +485,7 @@ def measured_profiles(store:Store, sequences)->dict: # sequence â†’ (l m), its m
 
 def _arrays(row, kind): return np.stack([row[f'{kind}_{m}_MaP'] for m in MODS], 1) if f'{kind}_2A3_MaP' in row else None
 
+# %% ../nbs/05_infer.ipynb #f5d1172e
 def plain(name): return str(name).replace('$', r'\$')  # to matplotlib, a pair of these is mathematics
 
 def rna_figures(
@@ -495,6 +500,7 @@ def rna_figures(
     if 'structure_guided' in row:
         yield 'structure',plot_structure(s, row['structure_guided'], pred[:,0], f"{name}: minimum free energy with the predicted 2A3 as evidence").figure
 
+# %% ../nbs/05_infer.ipynb #39c53d72
 def set_figures(table, measured):
     "Name and figure of what there is to see about many RNAs"
     preds = [_arrays(r, 'reactivity') for r in table.to_dict('records')]
@@ -511,6 +517,7 @@ def error_by(sequences, preds, reacts)->dict: # nucleotide, structural context â
     ctx = np.array(CONTEXTS)[np.concatenate([contexts(dot_bracket(s)) for s in sequences])]
     return {k: pd.Series(wrong).groupby(g).mean().dropna().to_dict() for k,g in (('nucleotide', nt), ('structural context', ctx))}
 
+# %% ../nbs/05_infer.ipynb #23b790ae
 def mutate_and_map(model, sequence, title='')->plt.Figure:
     "Predicted change of reactivity with each single mutation: stripes across the diagonal are helices that the model believes in"
     t = predict(model, mutants(decode(encode(sequence))))
@@ -616,6 +623,7 @@ def _checked(out, source, figures, report): # path, sequences; ValueError before
     if out.suffix == '.rdat' and (seqs.low is not None or len(seqs) > 10_000): raise ValueError(f"{out}: RDAT holds up to 10,000 RNAs and no submission: write .parquet or .csv")
     return out,seqs
 
+# %% ../nbs/05_infer.ipynb #5df38c13
 def job_of(model, seqs, structures)->dict: # what the predictions depend on
     return dict(source=sha256(seqs.path), kind_of_output='table' if seqs.low is None else 'submission', models=[sha256(p) for p in model.paths],
                 weights=model.weights.tolist(), flip=model.flip, dtype=str(model.dtype), calibration=model.calibration, structures=structures and seqs.low is None,

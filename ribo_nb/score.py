@@ -89,22 +89,22 @@ def read_submission(path)->ById:
     return out
 
 # %% ../nbs/05b_score.ipynb #b012b4c5
+def _header(path, expected): # names of the columns
+    with readable(path, expected): return pq.read_schema(path).names if is_parquet(path) else pv.open_csv(path).schema.names
+
 def check_submission(
     path, # the submission
     test, # test_sequences (FASTA has no ids) or a sample submission
 )->int: # rows
     "Raise ValueError, naming the first broken rule with row and remedy, unless this is a submission for `test`"
-    with readable(test, 'test_sequences or a sample submission'): names = pq.read_schema(test).names if is_parquet(test) else pv.open_csv(test).schema.names
-    if 'sequence' in names:
+    if 'sequence' in _header(test, 'test_sequences or a sample submission'):
         seqs = Sequences(test)
         if seqs.low is None: raise ValueError(f"{test}: has no id_min and id_max: give Kaggle's test_sequences")
         first,last = int(seqs.low[0]),int(seqs.low[-1] + seqs.length[-1] - 1)
     else:
         first,last = 2**62,-1
         for ids,*_ in id_batches(test): first,last = min(first, int(ids[0])),max(last, int(ids[-1]))
-    with readable(path, 'a submission, .parquet or .csv'):
-        found = pq.read_schema(path).names if is_parquet(path) else pv.open_csv(path).schema.names
-    if found != SUBMISSION.names: raise ValueError(f"{path}: its columns are {', '.join(found)}, expected {', '.join(SUBMISSION.names)}, in this order")
+    if (found := _header(path, 'a submission, .parquet or .csv')) != SUBMISSION.names: raise ValueError(f"{path}: its columns are {', '.join(found)}, expected {', '.join(SUBMISSION.names)}, in this order")
     row = 0
     def stop(bad, text): raise ValueError(f"{path}, row {row+int(bad.argmax())+1}: {text(int(bad.argmax()))}")
     for ids,v,_,row in id_batches(path):
