@@ -82,7 +82,7 @@ def thin_scans(
 def battle_stores(
     raw, # Kaggle's wide table
     groups, # table with sequence_id, source, family, cluster; None: our own families only
-    folder, # gets folds.parquet, check.parquet, even.parquet, half.parquet, library.parquet, length.parquet
+    folder, # gets folds.parquet, check.parquet, even.parquet, library.parquet, length.parquet
 )->Store: # of folds.parquet
     "The three questions as three stores: new families, a new library, a new length"
     folder = Path(folder)
@@ -101,7 +101,6 @@ def battle_stores(
     fold = Store(folder/'folds.parquet').rows.fold
     refold(store, folder/'check.parquet', ~fold.isin([1, 2]), 'folds 1 and 2 are 0, others 1')
     refold(store, folder/'even.parquet', np.where(fold.isin([1, 2]), 0, np.where(thin_scans(rows.sequence, origin), 1, -9)), 'check, with 30 sequences of each scan left')
-    refold(store, folder/'half.parquet', np.where(some_of(rows.sequence), fold, -9), 'half of the sequences')
     return Store(folder/'folds.parquet')
 
 # %% ../nbs/07_battle.ipynb #e9989ee8
@@ -199,16 +198,14 @@ def small_ones()->dict: # name → configuration
 # %% ../nbs/07_battle.ipynb #b2411c9d
 def what_ships()->list:
     "What ships, and siblings without folds 1 and 2 that show what it is worth"
-    out = []
-    for w,c in small_ones().items():
+    out,small = [],small_ones()
+    large = replace(small['squeezeformer'], n_layer=7, d_model=192, lr=2e-3)
+    for w,c in (small | {'squeezeformer-large': large}).items():
         first = Job('1M7 first', w, 0, replace(c, fold=-1, n_epoch=3), '1M7')
         then = dict(data='even', after=(first.name,), start=first.name)
         out += [first, Job('sibling', w, 0, replace(c, fold=0, n_epoch=8, weight_decay=.1), **then),
                 Job('final', w, 0, replace(c, fold=-1, n_epoch=5, weight_decay=.1), **then)]  # about as many steps
-    large = Job('large', 'squeezeformer', 0, replace(full_size()['squeezeformer'], fold=-1, ema=.99))
-    last = Job('last pass', large.what, 0, replace(large.cfg, n_epoch=1, lr=6e-4, flip=False, ema=0., compile=False), 'half', (large.name,), large.name)
-    even = replace(last.cfg, n_epoch=2, batch_size=32, lr=1e-3, compile=True)
-    return out + [large, last, Job('even final', 'squeezeformer-large', 0, even, 'even', (last.name,), last.name)]
+    return out
 
 # %% ../nbs/07_battle.ipynb #30fc27ce
 def on_gpu()->list:
@@ -451,7 +448,7 @@ def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, 
 # %% ../nbs/07_battle.ipynb #1c2f49c3
 MEMBERS = { # file → the run that ships, and runs that say of folds 1 and 2 what it is worth
     'squeezeformer': ('final-squeezeformer-0', ('sibling-squeezeformer-0',)), 'mamba': ('final-mamba-0', ('sibling-mamba-0',)),
-    'squeezeformer-large': ('even_final-squeezeformer-large-0', ('full_size-squeezeformer-1','full_size-squeezeformer-2'))}
+    'squeezeformer-large': ('final-squeezeformer-large-0', ('sibling-squeezeformer-large-0',))}
 
 def half(ck)->dict: # weights of a checkpoint, fractions with 16 bits
     return {k: v.half() if v.is_floating_point() else v for k,v in ck['model'].items()}
