@@ -8,7 +8,7 @@ __all__ = ['ENSEMBLE_VERSION', 'SHIPPED', 'LONGEST', 'SUBMISSION', 'turned', 'En
            'read_sequences_file', 'Job', 'predict_block', 'run_job', 'is_csv', 'table_writer', 'by_position', 'join',
            'write_rdat', 'read_rdat', 'measured_profiles', 'plain', 'rna_figures', 'set_figures', 'error_by',
            'mutate_and_map', 'all_figures', 'write_figures', 'check_teachers', 'write_pseudo', 'infer_file', 'job_of',
-           'draw_file', 'infer_together', 'ribo_infer']
+           'first_rows', 'draw_file', 'infer_together', 'ribo_infer']
 
 # %% ../nbs/05_infer.ipynb #8f696e83
 import gzip,itertools,json,os,re,shutil,subprocess,sys,tempfile,time,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,ribo_nb,torch
@@ -526,6 +526,7 @@ def mutate_and_map(model, sequence, title='')->plt.Figure:
 def all_figures(table, bpp, measured, model=None, most=20):
     "(name, title, figure) of the first RNAs one by one and of all together; with a model, a mutate-and-map of the first"
     for name,fig in set_figures(table.head(1000), measured): yield name,dict(heatmap='All', predicted='Predicted against measured', errors='Where it is wrong')[name],fig
+    bpp.fill(table.sequence.head(most), quiet=True)
     for k,row in enumerate(table.head(most).to_dict('records'), 1):
         stem = f"{k:02d}_{re.sub('[^A-Za-z0-9_.-]', '_', str(row['name']))[:60]}"
         for name,fig in rna_figures(row, bpp([row['sequence']])[0], measured.get(row['sequence'])): yield f'{stem}_{name}',f"{row['name']}: {name}",fig
@@ -612,7 +613,7 @@ def infer_file(
         return f'{out}: {why}, {len(gone)} of {len(job)} parts are missing still'
     if not join(job, seqs): return f'{out}: another process joins the parts'
     text = f'{out}: {len(seqs)} sequences' if seqs.low is None else f'{out}: submission of {int(seqs.length.sum())} rows'
-    return text + draw_file(model, seqs, bpps, figures, report, structures, measured, mutate)
+    return text + draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate)
 
 def _checked(out, source, figures, report): # path, sequences; ValueError before anything is computed
     out = check_target(out, source)
@@ -629,12 +630,17 @@ def job_of(model, seqs, structures)->dict: # what the predictions depend on
                 weights=model.weights.tolist(), flip=model.flip, dtype=str(model.dtype), calibration=model.calibration, structures=structures and seqs.low is None,
                 raw=model.raw, engine=folding(model.cfgs[0]).key)
 
-def draw_file(model, seqs, bpps, figures, report, structures, measured, mutate)->str: # what was drawn
+def first_rows(model, seqs, out, bpp, structures, n=300)->pd.DataFrame: # as `predict` gives them
+    "The first predictions of a file: read where it holds all that figures need, else made again"
+    if seqs.low is None and out.suffix == '.parquet': return next(pq.ParquetFile(out).iter_batches(n)).to_pandas()
+    head = seqs.take(0, n)
+    return predict(model, head.sequence, head.name, bpp, structures)
+
+def draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate)->str: # what was drawn
     "Figures and report of the first sequences of a file"
     if not (figures or report): return ''
-    head = seqs.take(0, 300)
     bpp = BppStore(bpps, folding(model.cfgs[0]))
-    table = predict(model, head.sequence, head.name, bpp, structures)
+    table = first_rows(model, seqs, out, bpp, structures)
     known = measured_profiles(measured, table.sequence) if measured else {}
     draw,text = lambda: all_figures(table, bpp, known, model if mutate else None),''
     if figures: text += f'; {write_figures(draw(), figures)} figures in {figures}'
