@@ -532,13 +532,14 @@ def all_figures(table, bpp, measured, model=None, most=20):
         for name,fig in rna_figures(row, bpp([row['sequence']])[0], measured.get(row['sequence'])): yield f'{stem}_{name}',f"{row['name']}: {name}",fig
     if model is not None: yield 'mutate_and_map','Mutate and map',mutate_and_map(model, table.sequence[0], f'{plain(table.name[0])}: predicted mutate-and-map')
 
-def write_figures(figures, folder)->int: # how many
-    "Each as PNG"
-    n = 0
-    for n,(name,_,fig) in enumerate(figures, 1):
-        with atomic(Path(folder)/f'{name}.png') as p: fig.savefig(p, dpi=120, format='png')
+def write_figures(figures, folder)->list: # (name, title, path)
+    "Each of (name, title, figure) as PNG"
+    out = []
+    for name,title,fig in figures:
+        with atomic(path := Path(folder)/f'{name}.png') as p: fig.savefig(p, dpi=120, format='png')
         plt.close(fig)
-    return n
+        out.append((name, title, path))
+    return out
 
 # %% ../nbs/05_infer.ipynb #bba66bc9
 def _pseudo_rows(sequences, preds, schema, cluster):
@@ -642,15 +643,15 @@ def draw_file(model, seqs, out, bpps, figures, report, structures, measured, mut
     bpp = BppStore(bpps, folding(model.cfgs[0]))
     table = first_rows(model, seqs, out, bpp, structures)
     known = measured_profiles(measured, table.sequence) if measured else {}
-    draw,text = lambda: all_figures(table, bpp, known, model if mutate else None),''
-    if figures: text += f'; {write_figures(draw(), figures)} figures in {figures}'
+    drawn,text = all_figures(table, bpp, known, model if mutate else None),''
+    if figures: text = f'; {len(drawn := write_figures(drawn, figures))} figures in {figures}'
     if report:
         brief = pd.DataFrame({'name': table.name, 'nt': table.sequence.map(len)} | {f'mean {m}': table[f'reactivity_{m}_MaP'].map(np.mean).round(3) for m in MODS} | {
             c: table[c] for c in ('eterna_score','eterna_score_guided') if c in table})
         words = f'{len(seqs)} sequences of {seqs.path.name}; models: {", ".join(map(str, model.paths))}; predicted, not measured.'
         fasta = '\n'.join(f"{r['name']}\n{r['sequence']}\n{r['structure_guided']}" for r in table.head(20).to_dict('records')) if 'structure' in table else ''
         write_report(report, f'Predicted reactivity: {seqs.path.name}', itertools.chain(
-            [('', words), ('Summary', brief)], [('Structures, guided by the predicted 2A3', fasta)]*bool(fasta), ((title, fig) for _,title,fig in draw())))
+            [('', words), ('Summary', brief)], [('Structures, guided by the predicted 2A3', fasta)]*bool(fasta), ((title, what) for _,title,what in drawn)))
         text += f'; report {report}'
     return text
 
