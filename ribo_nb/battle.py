@@ -488,8 +488,8 @@ def ship(
         save(out/f'{k}.pt', replace(ck['cfg'], start='', time_budget=0.), model=half(ck))
     model = load([out/f'{k}.pt' for k in MEMBERS])
     final = Ensemble(model.members, model.cfgs, model.paths, weights, calibration=calibrate(*mean_spread(p, weights), y))
-    own,other = (Store(folder/f'{n}.parquet').rows.sequence.nunique() for n in ('check','1M7'))
-    data = f"{own:,} sequences of Ribonanza's libraries 15k, PK50 and PK90 (2A3, DMS), after {other:,} of EternaBench (1M7)"
+    seen = {n: (r := Store(folder/f'{n}.parquet').rows).sequence[r.fold > -9].nunique() for n in ('even','1M7')}
+    data = f"{seen['even']:,} sequences of Ribonanza's libraries 15k, PK50 and PK90 (2A3, DMS), after {seen['1M7']:,} of EternaBench (1M7)"
     save_ensemble(out/'ensemble.json', final, flip=False, data=data, fitted=dict(held_out='folds 1 and 2', positions=len(y)))
     vienna = BppStore(folder/'bpp', engine('vienna'))
     vienna.fill(store.rows.sequence)

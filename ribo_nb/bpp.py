@@ -231,6 +231,7 @@ def _interior_row(W, i, n, kernel):
             if j < n: _slide(acc[j:], W[p, _PAD+j-8-8*b:], kernel[l,b])
     return acc
 
+# %% ../nbs/01_bpp.ipynb #66a243f8
 @_jit
 def _pair_row(i, s, acc, w, t):
     "Rows i of Q, W and S, and E[i]"
@@ -330,6 +331,7 @@ def _outer_row(i, s, acc, w, t, o, by_one, by_s):
         o.D[i,j] = x*w.pair[a,b]
         o.C[i,j] = o.D[i,j]*w.loop[a,b,after,c]
 
+# %% ../nbs/01_bpp.ipynb #339ffa2c
 @_jit
 def _outside(s, w, t):
     "Pair probabilities (upper triangle), and the total once more, as summed from the other end"
@@ -480,6 +482,7 @@ def _posteriors(path, n):
     if len(lo) and not (lo.min() >= 0 and hi.max() < n): raise ValueError(f'it pairs position {hi.max()+1} of {n}')
     return lo,hi,p
 
+# %% ../nbs/01_bpp.ipynb #867fd303
 class Contrafold(Engine):
     "CONTRAfold's binary; `params` is a file in its own format, default what is built in"
     name,licence,env,batch,rounding = 'contrafold','BSD-3','CONTRAFOLD_PATH',16,1e-3
@@ -532,6 +535,7 @@ class Contrafold(Engine):
                 try: yield self.pairs(s, threshold, limit)
                 except ValueError as e: yield str(e)
 
+# %% ../nbs/01_bpp.ipynb #877c82f1
 class Eternafold(Contrafold):
     "EternaFold's binary; `params` its parameter file, default $ETERNAFOLD_PARAMETERS, conda's or the one that comes along"
     name,env = 'eternafold','ETERNAFOLD_PATH'
@@ -671,6 +675,7 @@ def _check(lines):
     words = np.ascontiguousarray(lines).view('<u4').reshape(-1, 10)[:, :9].astype(np.uint64)
     return (words*np.arange(1, 10, dtype=np.uint64)).sum(1).astype(np.uint32) ^ np.uint32(0x5eed)
 
+# %% ../nbs/01_bpp.ipynb #34e41392
 class _Files:
     "The two files of a store, `lines` and `pairs`, mapped into memory; they grow by `_append`"
     def __init__(self, folder, key, check=True):
@@ -721,6 +726,7 @@ def _put(path, at, data):
             raise ValueError(f'{path}: cannot be written ({e.strerror}); what was stored before is safe: make room and '
                              f'start again') from e
 
+# %% ../nbs/01_bpp.ipynb #3c845d7f
 def _append(
     files:_Files,
     hashes:list, # MD5 of each sequence, 16 bytes
@@ -781,6 +787,7 @@ def _serve(eng, sequences, threshold, limit, pipe, scratch, home):
         except ValueError as e: r = str(e)
         pipe.send(r)
 
+# %% ../nbs/01_bpp.ipynb #cd25a23e
 def _in_child(eng, sequences, threshold, limit):
     "Results up to the first sequence that takes too long or kills the child; a str says why there is none"
     home = os.getpid()
@@ -805,6 +812,7 @@ def _in_child(eng, sequences, threshold, limit):
     if why == 'the engine crashed' and os.WIFSIGNALED(status): why += f' (signal {os.WTERMSIG(status)})'
     return out + [why]*bool(why)
 
+# %% ../nbs/01_bpp.ipynb #185fc80b
 def fold_some(
     eng:Engine,
     sequences:list, # RNA strings
@@ -873,6 +881,7 @@ def _scatter(out, b, i, j, p):
 def store_key(eng, threshold): return dict(version=BPP_VERSION, **eng.key, threshold=threshold)
 def store_folder(folder, eng, threshold): return Path(folder)/'-'.join(str(v) for v in list(store_key(eng, threshold).values())[1:])
 
+# %% ../nbs/01_bpp.ipynb #e7d871b6
 class BppStore:
     "Sparse BPPs by sequence; called with a list of sequences it returns them dense, (b l l)"
     def __init__(self,
@@ -965,6 +974,7 @@ def plot_dots(
     if sequence and n <= 60: ax.set_xticks(range(1, n+1), list(sequence)); ax.set_yticks(range(1, n+1), list(sequence))
     return ax
 
+# %% ../nbs/01_bpp.ipynb #ad043dc5
 def plot_arcs(
     bpp, # (l l)
     react=None, # (l m), drawn beneath as bars

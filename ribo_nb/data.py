@@ -74,6 +74,7 @@ def _alive(pid):
     except PermissionError: pass
     return True
 
+# %% ../nbs/00_data.ipynb #9f1dd245
 @contextmanager
 def atomic(
     path, # the file to be
@@ -294,6 +295,7 @@ def readable(
         raise ValueError(f"{path}: cannot be read ({text}), expected {expected}: the file is damaged or cut short, "
                          f"download or write it again") from e
 
+# %% ../nbs/00_data.ipynb #05f0574f
 @contextmanager
 def writable(
     path, # file to be
@@ -478,6 +480,7 @@ def _in_order(f, it, n=2):
             if len(waiting) > n: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
+# %% ../nbs/00_data.ipynb #c23cfc0d
 def _csv_batches(path):
     blocks,first = _blocks(path),0
     names = next(csv.reader([next(blocks)[0].decode('utf-8-sig')]), [])
@@ -760,6 +763,7 @@ def _root(parent, i):
     while parent[i] != i: parent[i] = parent[parent[i]]; i = parent[i]
     return i
 
+# %% ../nbs/00_data.ipynb #40878f15
 @njit(cache=True)
 def _join_words(word, ids, span, share, parent, size, mark, tick):
     "Propose pairs from a sorted list of 12-mers with owners, check them, and unite the related; returns the tick"
@@ -888,6 +892,7 @@ def _map(file):
     "A file as memory, read only"
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
+# %% ../nbs/00_data.ipynb #14665bdb
 class Spool:
     "What `read_raw` wrote, to be read in any order"
     def __init__(self,
@@ -917,6 +922,7 @@ class Spool:
                 else: _gather(spool.view(np.float32), self.start, self.at[r,w[0]], w[1], length, out)
         return outs
 
+# %% ../nbs/00_data.ipynb #ec275e9d
 def _strings(ids, start):
     "Ids as Arrow text, in the same memory: `ids` are letters afterwards"
     letters = np.frombuffer(b'?' + NTS.encode(), np.uint8)
@@ -1034,6 +1040,7 @@ def _write_sidecar(store, path, head, n):
         if f.tell() != _head + 4*_width*n:
             raise ValueError(f"{store}: profiles are not as long as their sequences: convert the raw table again")
 
+# %% ../nbs/00_data.ipynb #450122a3
 def _sidecar(
     store:Path,
     meta:dict, # the store's
@@ -1256,6 +1263,7 @@ def kaggle_raw()->Path:
     if r.returncode: raise ValueError(f"{out/'train_data.csv'}: was not downloaded, for the reason above")
     return out/'train_data.csv'
 
+# %% ../nbs/00_data.ipynb #86ec47bd
 @command()
 @click.argument('raw', required=False, type=click.Path(path_type=Path))
 @click.option('--out', type=click.Path(path_type=Path),

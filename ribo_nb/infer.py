@@ -33,6 +33,7 @@ def turned(batch)->tuple: # the batch with every RNA read from its other end, wh
     bpp = batch['bpp'].gather(1, at[:,:,None].expand(-1, -1, l)).gather(2, at[:,None].expand(-1, l, -1))
     return dict(batch, seq=batch['seq'].gather(1, at), bpp=bpp),at
 
+# %% ../nbs/05_infer.ipynb #76e7fdd2
 class Ensemble(nn.Module):
     "Weighted mean of one or more models; batch → predicted reactivity in [0,1], (b l m)"
     def __init__(self,
@@ -61,6 +62,7 @@ class Ensemble(nn.Module):
         return torch.stack(preds)
     def forward(self, batch): return torch.einsum('k,kblm->blm', self.weights, self.each(batch))
 
+# %% ../nbs/05_infer.ipynb #8ec726eb
 class Spread(nn.Module):
     "Mean of an ensemble and, behind it, the standard deviation of its members; batch → (b l 2m)"
     def __init__(self, ensemble): super().__init__(); self.ensemble = ensemble
@@ -85,6 +87,7 @@ def save_ensemble(
     with atomic(path) as tmp:
         tmp.write_text(json.dumps(dict(kind='ensemble', version=ENSEMBLE_VERSION, members=members, calibration=model.calibration, **more), indent=1))
 
+# %% ../nbs/05_infer.ipynb #ed7791c3
 def _read_ensemble(path):
     "Paths, weights, calibration and flip of an ensemble file; ValueError says what is wrong with it"
     remedy = 'install ribo_nb again' if path == SHIPPED else 'make the ensemble again with ribo_score --fit'
@@ -103,6 +106,7 @@ def _read_ensemble(path):
         if not p.is_file() or sha256(p) != h: raise ValueError(f"{p}: is missing or not the file that {path} was made with: {remedy}")
     return [p for p,*_ in members],[w for *_,w in members],calibration,flip
 
+# %% ../nbs/05_infer.ipynb #23b95f79
 def load(
     what=None, # run folder, checkpoint, ensemble file, or a list of runs and checkpoints; None: what comes along
     device:str='auto', # auto | cpu | cuda
@@ -295,6 +299,7 @@ class Sequences:
         t = pd.DataFrame([self._read(k) for k in self.order[a:b]], columns=['name','sequence'])
         return t if self.low is None else t.assign(id_min=self.low[a:b], id_max=self.low[a:b]+self.length[a:b]-1)
 
+# %% ../nbs/05_infer.ipynb #92c865c3
 def read_sequences_file(path)->pd.DataFrame: # name, sequence and, for a submission, id_min and id_max
     "All sequences of a FASTA file or table, in memory"
     return Sequences(path).take()
@@ -430,6 +435,7 @@ def join(job:Job, seqs:Sequences)->bool: # was it joined here? else another proc
     shutil.rmtree(job.folder, ignore_errors=True)
     return True
 
+# %% ../nbs/05_infer.ipynb #43871489
 def _write_joined(job, seqs, size=16<<20):
     long = seqs.low is None and is_csv(job.out)
     form = lambda t: by_position(t.to_pandas()) if long else t
@@ -565,6 +571,7 @@ def check_teachers(model:Ensemble, store:Store):
                          f"Take models of one fold")
     if 'pseudo' in store.meta: raise ValueError(f"{store.path}: holds pseudo-labels already: give the store without them")
 
+# %% ../nbs/05_infer.ipynb #0b9622f0
 def write_pseudo(
     model:Ensemble, # of two or more, trained with the same fold held out
     sequences, # RNA strings; those that the store has are left out
@@ -616,6 +623,7 @@ def infer_file(
     text = f'{out}: {len(seqs)} sequences' if seqs.low is None else f'{out}: submission of {int(seqs.length.sum())} rows'
     return text + draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate)
 
+# %% ../nbs/05_infer.ipynb #04015e27
 def _checked(out, source, figures, report): # path, sequences; ValueError before anything is computed
     out = check_target(out, source)
     if not is_csv(out) and out.suffix not in ('.parquet','.rdat'): raise ValueError(f"{out}: the output is a .parquet, .csv, .csv.gz or .rdat file")
@@ -667,6 +675,7 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
                         *(str(a) for c in ckpts or () for a in ('--ckpt', c)), *(['--bpp', str(bpps)] if bpps else []), '--hours', str(hours)], stdin=subprocess.DEVNULL)
     if r.returncode: raise RuntimeError(f"torchrun ended with {r.returncode}: its messages are above")
 
+# %% ../nbs/05_infer.ipynb #d45bbcda
 @command()
 @click.argument('sequences', type=click.Path(path_type=Path))
 @click.option('--ckpt', multiple=True, type=click.Path(path_type=Path), help='Run folder, checkpoint, or ensemble file of ribo_score --fit; several make an ensemble.  [default: the models that come with ribo_nb]')

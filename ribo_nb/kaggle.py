@@ -77,6 +77,7 @@ def again(
             time.sleep(wait)
             if done is not None and (got := again(done, done=None, tries=left)) is not None: return got
 
+# %% ../nbs/06_kaggle.ipynb #c10158b4
 @contextlib.contextmanager
 def talking(
     what:str, # what is being done, and to what
@@ -194,6 +195,7 @@ def begin(
 
 def _hours_left(spec, began): return max(spec['hours'] - (time.time()-began)/3600, 1e-4)
 
+# %% ../nbs/06_kaggle.ipynb #4c675a22
 def _take_up(spec, root, run):
     "The previous session's run folder, from its attached output"
     old = [p for p in _attached(root, 'ribo.json') if read_result(p)['run'] == spec['run']]
@@ -369,6 +371,7 @@ def upload_dataset(
         wait_ready(api, ref, before+1)
     return before + 1
 
+# %% ../nbs/06_kaggle.ipynb #8d0fcc92
 def _dataset_request(meta, before): # what names the files, and the request that carries it: the same for a new dataset
     from kagglesdk.datasets.types.dataset_api_service import ApiCreateDatasetRequest,ApiCreateDatasetVersionRequest,ApiCreateDatasetVersionRequestBody
     owner,name = meta['id'].split('/')
@@ -503,6 +506,7 @@ def pull(
     with atomic(part/'ribo.json') as p: p.write_text(json.dumps(r, indent=1))
     return _swap_in(part, folder)
 
+# %% ../nbs/06_kaggle.ipynb #9bde6dd7
 def _swap_in(part, folder):
     "Put `part` in the place of `folder`, whose other files stay"
     old = folder.with_name(f'.{folder.name}.old')
@@ -544,6 +548,7 @@ def download(
         if todo: shutil.rmtree(folder/'.part', ignore_errors=True)
     return [folder/n for n in names]
 
+# %% ../nbs/06_kaggle.ipynb #5eaf24c3
 def _sizes(api, competition, names): # file → bytes, at least of these if they are there
     sizes,token = {},None
     while True:
@@ -593,6 +598,7 @@ def _cached_wheels():
         with tempfile.TemporaryDirectory(dir=folder.parent) as d: extra_wheels(d); Path(d).rename(folder); Path(d).mkdir()
     return sorted(folder.glob('*.whl'))
 
+# %% ../nbs/06_kaggle.ipynb #1b32dbe8
 def prepare(
     spec:dict, # without wheels and nonce of this push
     user:str,
@@ -690,6 +696,7 @@ def ribo_kaggle():
     An account is all it needs: kaggle.com → Settings → API → Generate New Token, then `export KAGGLE_API_TOKEN=…`
     (the older pair KAGGLE_USERNAME and KAGGLE_KEY works too)."""
 
+# %% ../nbs/06_kaggle.ipynb #eeab551b
 @ribo_kaggle.command('push')
 @click.argument('names', metavar='CFG...', nargs=-1)
 @click.option('--infer', is_flag=True, help='Predict instead: an ensemble of the pushed runs CFG... → submission.parquet.')
@@ -724,6 +731,7 @@ def _push(names, infer, data, bpps, overrides, hours, accelerator, competition, 
     click.echo(send(api, spec, kernel, sets, **keep))
     click.echo(f'next: ribo_kaggle continue {name} --wait')
 
+# %% ../nbs/06_kaggle.ipynb #928e8959
 def _check_free(api, name):
     "ValueError when a push would run beside an earlier one, or bury an unfinished run"
     if not (old := settled(api, name)): return
@@ -755,6 +763,7 @@ def _status(name):
         except ValueError as e: click.echo(str(e)); return
         click.echo(f"step {r['step']}, {'done' if r['finished'] else 'not done'}; next: ribo_kaggle {'pull' if r['finished'] else 'continue'} {name}")
 
+# %% ../nbs/06_kaggle.ipynb #b5549983
 @ribo_kaggle.command('pull')
 @_name
 @click.option('--run', type=click.Path(path_type=Path), help='Folder to write.  [default: datamount/runs/CFG]')

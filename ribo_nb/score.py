@@ -38,6 +38,7 @@ def id_batches(path, *more, size:int=1<<17):
             first += len(b)
         if not first: raise ValueError(f"{path}: the table has no rows")
 
+# %% ../nbs/05b_score.ipynb #dbfb904e
 class ById:
     "Two numbers per id, on disk; NaN where there are none"
     def __init__(self): self.file,self.end = tempfile.TemporaryFile(prefix='ribo_ids_'),0
@@ -66,6 +67,7 @@ class ById:
         got[:len(part)] = np.frombuffer(part, np.uint8)
         return (~got.view(np.uint32)).view(np.float32).reshape(-1, 2)
 
+# %% ../nbs/05b_score.ipynb #6633c317
 def read_solution(path)->tuple: # ById with NaN where Kaggle ignores a position; first and last id that count
     "The positions of a solution that count: not ignored, both modifiers there"
     out,low,high = ById(),2**62,-1
@@ -133,6 +135,7 @@ def _blocks(truth, low, high, seqs, size=512):
         t = seqs.take(k, k+size)
         yield int(t.id_min.iloc[0]),int(t.id_max.iloc[-1])+1,t.assign(k=range(k, k+len(t)))
 
+# %% ../nbs/05b_score.ipynb #15321cbb
 def score_files(
     submissions, # files
     solution, # file with the same ids
@@ -162,6 +165,7 @@ def score_files(
     rows = {k: dict(zip(MODS, v[:2]/v[2], strict=True)) | dict(official=v[:2].mean()/v[2], positions=int(v[2])) for k,v in sums.items()}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['who','group','value'])
 
+# %% ../nbs/05b_score.ipynb #14455b7a
 def _add(sums, each, y, t, a, groups):
     "Sums of absolute errors of one block"
     spans = [(0, len(y), None, '')] if t is None else [(lo-a, hi-a+1, k, s) for lo,hi,k,s in zip(t.id_min, t.id_max, t.k, t.sequence, strict=True)]
@@ -183,6 +187,7 @@ def _check_cover(seqs, test, solution, low, high):
     if low < first or high > last:
         raise ValueError(f"{solution}: id {low if low < first else high} belongs to no sequence of {test}, whose ids are {first} to {last}: give the table that belongs to this solution")
 
+# %% ../nbs/05b_score.ipynb #7dc15b22
 def _fit_without(store, known, seqs, bpps):
     "Baselines fitted on the measured rows of a store whose sequences are not in the test set"
     both = {s for k in range(0, len(seqs), 4096) for s in seqs.take(k, k+4096).sequence if s in known}
@@ -224,6 +229,7 @@ def out_of_fold(
         parts.append((np.stack(preds)[:,keep], y[keep].clip(0, 1), part[keep]))
     return np.concatenate([p for p,*_ in parts], 1),np.concatenate([y for _,y,_ in parts]),np.concatenate([h for *_,h in parts]),[groups.index(k) for k in kind]
 
+# %% ../nbs/05b_score.ipynb #7cfd2839
 def fit_weights(
     preds, # (k n m)
     y, # (n m)
@@ -241,6 +247,7 @@ def fit_weights(
 
 LEVELS = .5,.8,.9,.95
 
+# %% ../nbs/05b_score.ipynb #17d70106
 def quantile_regression(
     f, # (n f)
     e, # (n)
@@ -267,6 +274,7 @@ def calibrate(
     qs = sorted({x for l in LEVELS for x in ((1-l)/2, (1+l)/2)})
     return {mod: {f'{q:.3f}': quantile_regression(features(pred[:,m], spread[:,m]), y[:,m]-pred[:,m], q).tolist() for q in qs} for m,mod in enumerate(MODS)}
 
+# %% ../nbs/05b_score.ipynb #c3dfcafd
 def coverage(pred, spread, y, calibration)->pd.DataFrame: # level → share of measurements inside, per modifier
     rows = {}
     for l in LEVELS:
@@ -280,6 +288,7 @@ def mean_spread(preds, w)->tuple: # of the members' predictions (k n m) with wei
     k = len(w)
     return mean,np.sqrt(np.einsum('k,knm->nm', w, (preds - mean)**2)*k/max(k-1, 1))
 
+# %% ../nbs/05b_score.ipynb #684a2f4c
 def fit_ensemble(
     model:Ensemble, # members that held out a fold of this store
     store:Store, # that they were trained on
@@ -306,6 +315,7 @@ def fit_ensemble(
     save_ensemble(out, final, fitted=dict(store=store.path.name, sha256=store.meta.get('sha256'), positions=len(y), official=float(scores.official.iloc[-1]), coverage=covered.round(4).to_dict('index')))
     return scores.assign(weight=[*weights, np.nan, np.nan]),covered,plot_reliability(covered, judged, spread_, y)
 
+# %% ../nbs/05b_score.ipynb #7e83302b
 def _same_data(path, store):
     "ValueError when the run that a checkpoint belongs to was trained on other data"
     file = Path(path).parent/'cfg.json'
@@ -346,6 +356,7 @@ def _show(t):
         d = d.droplevel('value') if g == 'all' else d.official.unstack('who')
         yield (f'by {g}\n' if g != 'all' else '') + d.round(4).to_string()
 
+# %% ../nbs/05b_score.ipynb #58e90e81
 @command()
 @click.argument('submission', type=click.Path(path_type=Path), required=False)
 @click.argument('solution', type=click.Path(path_type=Path), required=False)

@@ -63,6 +63,7 @@ def crossed(structure:str)->np.ndarray: # bool (l)
     for a in np.flatnonzero(cross.any(0) | cross.any(1)): out[[i[a], j[a]]] = True
     return out
 
+# %% ../nbs/01b_structure.ipynb #337f577a
 def agreement(
     structure:str, # dot-bracket
     react, # 2A3 reactivity, NaN where not measured: does not count, (l)
@@ -85,6 +86,7 @@ def layout(structure:str)->np.ndarray: # (l 2)
     finally: RNA.cvar.rna_plot_type = old
     return np.array([(c.get(i).X, c.get(i).Y) for i in range(len(structure))])
 
+# %% ../nbs/01b_structure.ipynb #59cf3b83
 def plot_structure(
     sequence:str,
     structure:str, # dot-bracket
@@ -163,6 +165,7 @@ def mutants(
     flip = dict(zip('ACGU', 'UGCA', strict=True))
     return [sequence] + [sequence[:i] + flip[c] + sequence[i+1:] for i,c in enumerate(sequence)]
 
+# %% ../nbs/01b_structure.ipynb #6c64ed30
 def plot_mutate_map(
     sequence:str,
     preds:list, # one (l m) array per row of `mutants`

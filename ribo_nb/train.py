@@ -70,6 +70,7 @@ models = dict(squeezeformer=Squeezeformer, mamba=RibonanzaMamba, ribonanzanet=Ri
 def model_args(cfg): # the fields that its model knows: same name, same meaning
     return {k: getattr(cfg, k) for k in inspect.signature(models[cfg.model]).parameters if hasattr(cfg, k)}
 
+# %% ../nbs/04_train.ipynb #255d41b4
 @dataclass(frozen=True)
 class Cfg:
     "Everything in which two runs may differ"
@@ -140,6 +141,7 @@ class Cfg:
             if getattr(self, name) != Cfg.__dataclass_fields__[name].default:
                 raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, but {self.model} has no such switch")
 
+# %% ../nbs/04_train.ipynb #6413bc3a
 _unlike = {'save_minutes','time_budget','tracker','graph'}  # two starts of one run may differ in these
 _switches = {'position','bpp','norm','head','gru','is_good','pair_track','quirks'}
 _ranges = dict(d_model=(1, 4096), n_layer=(1, 200), n_head=(1, 256), kernel_size=(1, 999), d_state=(1, 4096), d_pair=(1, 4096), dropout=(0, .95), fold=(-1, 999),
@@ -340,6 +342,7 @@ def predict_sequences(
         tick(len(at))
     return out
 
+# %% ../nbs/04_train.ipynb #4ec2321d
 def predict_rows(model, store:Store, bpp, rows)->list:
     "The same for rows of a store; a sequence measured several times is predicted once"
     many = 128 if next(model.parameters()).is_cuda else 32
@@ -360,6 +363,7 @@ def errors(
     for k,m in enumerate(MODS): t[m] = [float(e[k]) for e,_ in parts]
     return t
 
+# %% ../nbs/04_train.ipynb #0b8632a7
 def score(
     t:pd.DataFrame, # from `errors`, or some of its rows
 )->dict: # 2A3, DMS, official, positions
@@ -391,6 +395,7 @@ def save(path, cfg:Cfg, **state):
         raise ValueError(f"{path}: cannot be written ({e.strerror}); the checkpoint that was there is as it was: make "
                          f"room and start again") from e
 
+# %% ../nbs/04_train.ipynb #27df7cd3
 def load_checkpoint(
     path,
 )->dict: # cfg (a Cfg), model (weights) and, in last.pt, the rest
@@ -416,6 +421,7 @@ def fits(path):
         raise ValueError(f"{path}: does not fit this version or configuration ({str(e).splitlines()[0]}): train again, "
                          f"or choose another run folder") from e
 
+# %% ../nbs/04_train.ipynb #cc04d466
 def latest(out)->dict|None: # a checkpoint; None when there is none yet
     "The newest checkpoint of a run that is whole; says so when that is the older one; ValueError when none is whole"
     damaged = []
@@ -466,6 +472,7 @@ def like(x:Tensor, other)->Tensor: # `x`, shared among processes as `other` is
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(x, other.device_mesh, other.placements)
 
+# %% ../nbs/04_train.ipynb #ac66edad
 class Average:
     "A second set of weights that follows a model's: exponentially forgetting, or (decay None) the plain mean"
     def __init__(self, model): self.weights,self.n = {k: v.detach().clone() for k,v in model.state_dict().items()},0
@@ -511,6 +518,7 @@ def parts_of(batch, k):
         l = int(batch['mask'][at].sum(1).max())
         yield {n: v[at] if v.shape[1:2] != batch['mask'].shape[1:] else v[at,:l,:l] if n == 'bpp' else v[at,:l] for n,v in batch.items()}
 
+# %% ../nbs/04_train.ipynb #f90304e7
 def backward(net, scaler, batch, cfg, dtype, parts=1)->Tensor: # loss of each modifier (m)
     "Forward and backward pass of a batch; what it says is added to the gradients that are there"
     device,n = batch['seq'].device.type,world()[1]
@@ -527,6 +535,7 @@ def backward(net, scaler, batch, cfg, dtype, parts=1)->Tensor: # loss of each mo
         loss += l.detach()
     return loss
 
+# %% ../nbs/04_train.ipynb #3a1a97a0
 class Replay:
     "`backward`, recorded as a CUDA graph once for each shape of batch: no time goes into starting thousands of kernels"
     def __init__(self, *args, most=12): # arguments of `backward` around the batch: net, scaler, cfg, dtype
@@ -555,6 +564,7 @@ class Replay:
             loss = backward(net, scaler, batch, cfg, dtype)
         return graph,batch,loss
 
+# %% ../nbs/04_train.ipynb #5c7565a7
 def train_step(net, opt, scaler, batch, cfg, dtype, parts=1, replay=None):
     "One optimizer step → (loss of each modifier, gradient norm, was it taken?); `net` is what `parallel` returned"
     opt.zero_grad(set_to_none=replay is None)  # a recorded step adds to gradients where they are
@@ -626,6 +636,7 @@ def _set_states(cfg, model, opt, avg, ck):
     else: model.load_state_dict(ck['model']); opt.load_state_dict(ck['opt'])
     if avg and ck['average']: avg.load(**ck['average'])
 
+# %% ../nbs/04_train.ipynb #eac7a13a
 def _save_last(out, cfg, model, opt, scaler, avg, pos):
     "Write last.pt; what was last.pt becomes prev.pt"
     rng = [None]*world()[1]
@@ -647,6 +658,7 @@ def check_same(out, old, new, free=()):
     if diff := [f'{k}: {old.get(k)!r} there, {v!r} here' for k,v in new.items() if old.get(k) != v and k not in free]:
         raise ValueError(f"{out} belongs to another run ({', '.join(diff)}): choose another run folder")
 
+# %% ../nbs/04_train.ipynb #8f9a1cc1
 def _load_last(trainer):
     "Go back to the newest checkpoint, if there is one; else start with an empty log → optimizer, Average, Progress"
     cfg,model,out,(rank,n) = trainer.cfg,trainer.model,trainer.out,world()
@@ -839,6 +851,7 @@ class Trainer:
         weights = dict(model=now['average']['weights'], raw=now['model']) if self.avg else dict(model=now['model'])
         if not world()[0]: save(self.out/'best.pt', self.cfg, **weights)
 
+# %% ../nbs/04_train.ipynb #c512671e
 def train(cfg, model, store, bpp, out, **how)->list: # the log; arguments as `Trainer`
     "Train, or go on training"
     Trainer(cfg, model, store, bpp, out, **how).run()
@@ -919,6 +932,7 @@ def check_trainable(store:Store, cfg:Cfg):
         raise ValueError(f"{store.path}: its pseudo-labels are the predictions of models that held out fold {made}, and knew "
                          f"fold {cfg.fold}: hold out fold {made} here as well")
 
+# %% ../nbs/04_train.ipynb #38f739a3
 @contextmanager
 def alone(out):
     "Nobody else trains in this run folder meanwhile; ValueError when somebody does"
@@ -932,6 +946,7 @@ def alone(out):
     try: yield
     finally: lock.release()
 
+# %% ../nbs/04_train.ipynb #730370d1
 def train_run(
     cfg:Cfg,
     data='simulated', # a store, or 'simulated'
@@ -959,6 +974,7 @@ def train_run(
             sink(metrics.get('scores', {}).get(cfg.model, {}) | dict(step=trainer.pos.step, files=sorted(map(str, out.glob('*.png')))))
     return metrics
 
+# %% ../nbs/04_train.ipynb #a901a081
 def _folded(store, bpp):
     "The BPPs of all rows, folded by one process where they are missing"
     if not world()[0]: bpp.fill(store.rows.sequence)
@@ -982,6 +998,7 @@ def _environment():
     return dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads(), ribo_nb=ribo_nb.__version__) | {p: version(p) for p in packages} | (
         dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {})
 
+# %% ../nbs/04_train.ipynb #4b705951
 def record(cfg, store, out):
     "Write cfg.json, status.json and a line of starts.jsonl; ValueError when the folder belongs to another configuration or data"
     new = dict(cfg=asdict(cfg), data=dict(path=store.path.name, **store.meta))
@@ -1001,6 +1018,7 @@ def record(cfg, store, out):
     start = dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds'), **status, code=_code_version(), **_environment())
     with open(out/'starts.jsonl', 'a') as f: f.write(json.dumps(start) + '\n')
 
+# %% ../nbs/04_train.ipynb #905507f6
 def measure(trainer, brief=False)->dict: # empty in other processes than the first
     "What a run has come to: the metrics, and errors.parquet with each held-out sequence's share in them"
     cfg,store,valid = trainer.cfg,trainer.store,trainer.valid
@@ -1032,6 +1050,7 @@ def plot_log(
                                                                         ylabel='learning rate'); sns.despine(fig)
     return fig
 
+# %% ../nbs/04_train.ipynb #3a50fbd1
 def plot_scores(
     scores:dict, # name → `score`
     title:str='',
@@ -1059,6 +1078,7 @@ def plot_errors(
         ax.margins(x=.15); ax.invert_yaxis(); sns.despine(ax=ax)
     return fig
 
+# %% ../nbs/04_train.ipynb #0e0291e1
 def plot_pred(
     preds:list, # (l m) arrays
     reacts:list, # (l m) arrays, measured
@@ -1117,6 +1137,7 @@ def _neptune(out, cfg):
         for f in line.get('files', ()): run[f'figures/{Path(f).stem}'].upload(f)
     return sink,run.stop
 
+# %% ../nbs/04_train.ipynb #47bb2b95
 @contextmanager
 def tracking(cfg, out, sinks=dict(tensorboard=_tensorboard, neptune=_neptune)):
     "Yields a function that takes a line of the log and returns at once"
@@ -1136,6 +1157,7 @@ def tracking(cfg, out, sinks=dict(tensorboard=_tensorboard, neptune=_neptune)):
     try: yield put
     finally: put(None); thread.join(10)
 
+# %% ../nbs/04_train.ipynb #99832758
 def read_neptune(
     out, # run folder
 )->pd.DataFrame: # step, name, value
@@ -1160,6 +1182,7 @@ def bootstrap(
     total = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1/len(a)), n) @ a
     return (total[:,:-1]/total[:,-1:]).mean(1)
 
+# %% ../nbs/04_train.ipynb #c6a384b5
 def compare(
     runs, # run folders
 )->tuple: # table with a row per run, figure
@@ -1179,6 +1202,7 @@ def compare(
     for name,c in cfgs_.items(): rows[name] |= {k: c.get(k) for k in differ}
     return pd.DataFrame(rows).T,plot_runs(logs)
 
+# %% ../nbs/04_train.ipynb #808f4a73
 def plot_runs(logs):
     "Held-out score, or training loss where there is none, over steps and over time"
     fig,axs = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout='constrained')
@@ -1240,6 +1264,7 @@ def ribo_train(name, data, out, overrides, bpps, all_folds, seen, ended, snapsho
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
+# %% ../nbs/04_train.ipynb #264f7a10
 def join_others(cfg):
     "Under torchrun: become one of several processes, with a GPU of its own"
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: return
@@ -1265,6 +1290,7 @@ def ask_to_stop(out)->str: # what was done
     os.kill(by['pid'], signal.SIGTERM)
     return f"{out}: process {by['pid']} saves after its step and stops; start the same run again to go on"
 
+# %% ../nbs/04_train.ipynb #597f2d72
 def follow(out, every=5.):
     "Print `watch`, again and again where somebody looks, until the run ends"
     while True:
