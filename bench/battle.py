@@ -12,7 +12,7 @@
 import os
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
-from ribo_nb.battle import MEMBERS,battle_stores,collect,floors,lookups,more_data,needed,parallel_work,plan,plot_ablation,ship,speed,table_of
+from ribo_nb.battle import battle_stores,collect,floors,lookups,more_data,needed,parallel_work,plan,plot_ablation,ship,speed,table_of,what_ships
 from ribo_nb.data import datamount
 
 here = Path(__file__).parent/'battle'
@@ -44,8 +44,7 @@ def prepare(folder, raw, groups, m7, more):
 def run(folder, table, shipped, hours, workers, threads):
     "Train what has not been trained yet"
     if threads: os.environ['OMP_NUM_THREADS'] = str(threads)
-    ships = [n for run,siblings in MEMBERS.values() for n in (run, *siblings)]
-    jobs = needed(ships if shipped else [j.name for j in plan() if not table or j.table in table])
+    jobs = what_ships() if shipped else needed([j.name for j in plan() if not table or j.table in table])
     if gone := sorted({f'{j.data}.parquet' for j in jobs if not j.data.startswith('pseudo')} - {p.name for p in folder.glob('*.parquet')}):
         click.echo(f"{folder}: no {', '.join(gone)}: their runs are left out (see prepare --help)", err=True)
         jobs = [j for j in jobs if f'{j.data}.parquet' not in gone]

@@ -446,15 +446,13 @@ def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, 
     return {k: v[0] for k,v in mae.items()} | {f'{k}_{w}': np.quantile(v[1:], q) for k,v in mae.items() for w,q in (('low', .05), ('high', .95))}
 
 # %% ../nbs/07_battle.ipynb #1c2f49c3
-MEMBERS = { # file → the run that ships, and runs that say of folds 1 and 2 what it is worth
-    'squeezeformer': ('final-squeezeformer-0', ('sibling-squeezeformer-0',)), 'mamba': ('final-mamba-0', ('sibling-mamba-0',)),
-    'squeezeformer-large': ('final-squeezeformer-large-0', ('sibling-squeezeformer-large-0',))}
+MEMBERS = 'squeezeformer','mamba','squeezeformer-large'  # files; of each the run `final`, and its `sibling`, which says what it is worth
 
 def half(ck)->dict: # weights of a checkpoint, fractions with 16 bits
     return {k: v.half() if v.is_floating_point() else v for k,v in ck['model'].items()}
 
 def fold_predictions(folder, name)->dict: # sequence → (l m)
-    "What a run says of the sequences that it held out; kept in `preds`, since the weights of some runs stay on a rented machine"
+    "What a run says of the sequences that it held out; kept in `preds` until it is trained again"
     job,folder = next(j for j in plan() if j.name == name),Path(folder)
     store,kept,best = Store(folder/f'{job.data}.parquet'),folder/'preds'/f'{name}.npy',folder/'runs'/name/'best.pt'
     rows = held_out(store, job.cfg.fold)
@@ -468,22 +466,22 @@ def fold_predictions(folder, name)->dict: # sequence → (l m)
 
 # %% ../nbs/07_battle.ipynb #2edd9f95
 def ship(
-    folder, # of the battle, with the runs and predictions of MEMBERS
+    folder, # of the battle, with the runs of MEMBERS
     out, # ribo_nb/weights
     groups=None, # the table of `battle_stores`
 )->pd.DataFrame: # scores on what the siblings held out
     "Half-precision weights of the final runs; how much each counts and how sure they are, from their siblings"
     folder,out,store = Path(folder),Path(out),Store(Path(folder)/'check.parquet')
-    if gone := [n for n,_ in MEMBERS.values() if not (folder/'runs'/n/'best.pt').exists()]:
+    finals,siblings = ([f'{table}-{k}-0' for k in MEMBERS] for table in ('final','sibling'))
+    if gone := [n for n in finals if not (folder/'runs'/n/'best.pt').exists()]:
         raise FileNotFoundError(f"{folder/'runs'}: no best.pt in {', '.join(gone)}: `python bench/battle.py run --shipped` trains them")
     rows = held_out(store, 0)
-    each = {k: dict(p for n in names for p in fold_predictions(folder, n).items()) for k,(_,names) in MEMBERS.items()}
-    preds = np.stack([np.concatenate([p[s] for s in store.rows.sequence.iloc[rows]]) for p in each.values()])
+    preds = np.stack([np.concatenate([p[s] for s in store.rows.sequence.iloc[rows]]) for p in (fold_predictions(folder, n) for n in siblings)])
     y = np.concatenate([np.where(store.SN_filter[i].all(), store[i][0], np.nan) for i in rows])
     keep = ~np.isnan(y).any(1)
     p,y = preds[:,keep],y[keep].clip(0, 1)
     weights = fit_weights(p, y)
-    for k,(name,_) in MEMBERS.items():
+    for k,name in zip(MEMBERS, finals, strict=True):
         ck = load_checkpoint(folder/'runs'/name/'best.pt')
         save(out/f'{k}.pt', replace(ck['cfg'], start='', time_budget=0.), model=half(ck))
     model = load([out/f'{k}.pt' for k in MEMBERS])
