@@ -12,8 +12,8 @@
 import os
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
-from ribo_nb.battle import battle_stores,collect,floors,lookups,more_data,needed,parallel_work,plan,plot_ablation,ship,speed,table_of,what_ships
-from ribo_nb.data import datamount
+from ribo_nb.battle import battle_stores,by_noise,collect,floors,lookups,more_data,needed,parallel_work,plan,plot_ablation,ship,shipped_scores,speed,table_of,what_ships
+from ribo_nb.data import Store,datamount
 
 here = Path(__file__).parent/'battle'
 
@@ -55,10 +55,11 @@ def run(folder, table, shipped, hours, workers, threads):
 @click.pass_obj
 def ship_(folder, out):
     "Half-precision weights of the final runs, their ensemble and its error bars"
-    t = ship(folder, out, folder/'groups.parquet')
+    tables,rows = ship(folder, out),Store(folder/'check.parquet').rows
     here.mkdir(exist_ok=True)
-    t.to_csv(here/'shipped.csv', index=False)
-    click.echo(t.round(4).to_string(index=False))
+    for name,t in dict(shipped=shipped_scores(tables, rows, folder/'groups.parquet'), noise=by_noise(tables, rows)).items():
+        t.to_csv(here/f'{name}.csv', index=False)
+        click.echo(t.round(4).to_string(index=False) + '\n')
 
 @main.command()
 @click.pass_obj

@@ -7,11 +7,11 @@ __all__ = ['FAST', 'TINY', 'SWAPS', 'SWITCHES', 'MEMBERS', 'refold', 'joined_fam
            'battle_stores', 'eight_mers', 'strangers', 'more_data', 'Job', 'contenders', 'repeat', 'full_size',
            'small_ones', 'what_ships', 'on_gpu', 'on_cpu', 'plan', 'needed', 'pseudo_store', 'do', 'work',
            'parallel_work', 'timed', 'speed', 'context_keys', 'context_lookup', 'lookups', 'to_others', 'floors',
-           'units', 'collect', 'redrawn', 'with_interval', 'half', 'fold_predictions', 'ship', 'shipped_scores',
-           'interval_of', 'table_of', 'plot_ablation']
+           'units', 'redrawn', 'with_interval', 'collect', 'half', 'fold_predictions', 'ship', 'shipped_scores',
+           'by_noise', 'interval_of', 'table_of', 'plot_ablation']
 
 # %% ../nbs/07_battle.ipynb #f1997a36
-import gc,json,multiprocessing,os,statistics,sys,time
+import gc,itertools,json,multiprocessing,os,statistics,sys,time
 import click,matplotlib.pyplot as plt,numpy as np,pandas as pd,pyarrow.parquet as pq,seaborn as sns,torch
 from contextlib import nullcontext
 from dataclasses import asdict,dataclass,replace
@@ -407,6 +407,21 @@ def units(rows, groups=None)->np.ndarray: # a number per row
     g = np.where(g.source == '15k', g.family, g.cluster.astype(str)).astype(str), g.index
     return pd.factorize(rows.sequence_id.map(pd.Series(*g)).fillna(rows.sequence_id))[0]
 
+# %% ../nbs/07_battle.ipynb #e73a8018
+def redrawn(t, ids, n)->np.ndarray: # (1+n 3)
+    "Errors of 2A3 and DMS and positions, summed over the units `ids`, then over n bootstrap draws of them"
+    s = t.groupby('unit')[[*MODS, 'positions']].sum().reindex(ids).fillna(0).to_numpy(float)
+    return np.r_[np.ones((1, len(ids))), np.random.default_rng(0).multinomial(len(ids), np.full(len(ids), 1/len(ids)), n)] @ s
+
+def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, name_high
+    "Score of rows of `errors` that have a `unit`; 90 % intervals by a bootstrap of whole units"
+    t = t[t.positions > 0]
+    d = redrawn(t, np.unique(t.unit), n)
+    mae = d[:,:2]/d[:,2:]
+    mae = dict(zip((*MODS, 'official'), (*mae.T, mae.mean(1))))
+    return {k: v[0] for k,v in mae.items()} | {f'{k}_{w}': np.quantile(v[1:], q) for k,v in mae.items() for w,q in (('low', .05), ('high', .95))}
+
+# %% ../nbs/07_battle.ipynb #b6eacf4b
 def collect(
     folder, # of the battle
     out, # gets results.json and errors.parquet
@@ -431,20 +446,6 @@ def collect(
     pd.concat(sums).astype({k: 'float32' for k in MODS}).reset_index(drop=True).to_parquet(Path(out)/'errors.parquet', compression='zstd')
     return pd.DataFrame(rows)
 
-# %% ../nbs/07_battle.ipynb #e73a8018
-def redrawn(t, ids, n)->np.ndarray: # (1+n 3)
-    "Errors of 2A3 and DMS and positions, summed over the units `ids`, then over n bootstrap draws of them"
-    s = t.groupby('unit')[[*MODS, 'positions']].sum().reindex(ids).fillna(0).to_numpy(float)
-    return np.r_[np.ones((1, len(ids))), np.random.default_rng(0).multinomial(len(ids), np.full(len(ids), 1/len(ids)), n)] @ s
-
-def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, name_high
-    "Score of rows of `errors` that have a `unit`; 90 % intervals by a bootstrap of whole units"
-    t = t[t.positions > 0]
-    d = redrawn(t, np.unique(t.unit), n)
-    mae = d[:,:2]/d[:,2:]
-    mae = dict(zip((*MODS, 'official'), (*mae.T, mae.mean(1))))
-    return {k: v[0] for k,v in mae.items()} | {f'{k}_{w}': np.quantile(v[1:], q) for k,v in mae.items() for w,q in (('low', .05), ('high', .95))}
-
 # %% ../nbs/07_battle.ipynb #1c2f49c3
 MEMBERS = 'squeezeformer','mamba','squeezeformer-large'  # files; of each the run `final`, and its `sibling`, which says what it is worth
 
@@ -468,8 +469,7 @@ def fold_predictions(folder, name)->dict: # sequence → (l m)
 def ship(
     folder, # of the battle, with the runs of MEMBERS
     out, # ribo_nb/weights
-    groups=None, # the table of `battle_stores`
-)->pd.DataFrame: # scores on what the siblings held out
+)->dict: # who → `errors` on what the siblings held out: theirs, their ensemble's, a lookup's
     "Half-precision weights of the final runs; how much each counts and how sure they are, from their siblings"
     folder,out,store = Path(folder),Path(out),Store(Path(folder)/'check.parquet')
     finals,siblings = ([f'{table}-{k}-0' for k in MEMBERS] for table in ('final','sibling'))
@@ -492,21 +492,41 @@ def ship(
     vienna = BppStore(folder/'bpp', engine('vienna'))
     vienna.fill(store.rows.sequence)
     lookup = np.concatenate(context_lookup(store, np.flatnonzero(store.rows.fold != 0), rows, vienna))
-    return shipped_scores(dict(zip(MEMBERS, preds)) | dict(ensemble=np.einsum('k,knm->nm', weights, preds), lookup=lookup), store, rows, groups)
+    cut,of = np.cumsum(store.rows.sequence.iloc[rows].str.len())[:-1],dict(zip(MEMBERS, preds, strict=True))
+    of |= dict(ensemble=np.einsum('k,knm->nm', weights, preds), lookup=lookup)
+    return {who: errors(np.split(p, cut), store, rows) for who,p in of.items()}
 
 # %% ../nbs/07_battle.ipynb #e1e4943b
-def shipped_scores(preds, store, rows, groups)->pd.DataFrame: # a row per member and part of the data
+def shipped_scores(
+    tables:dict, # from `ship`
+    rows:pd.DataFrame, # of the store
+    groups=None, # the table of `battle_stores`
+)->pd.DataFrame: # a row per member and part of the data
     "Scores with intervals, of everything, of each library, and of each large scan"
     known = pd.read_parquet(groups).drop_duplicates('sequence_id').set_index('sequence_id').family if groups else pd.Series(dtype=str)
-    own,cut = store.rows.iloc[rows],np.cumsum(store.rows.sequence.str.len().to_numpy()[rows])[:-1]
-    library,family,unit,out = own.dataset_name.str.split('_').str[0],own.sequence_id.map(known),units(own, groups),[]
+    own,out = rows.loc[tables['lookup'].index],[]
+    library,family,unit = own.dataset_name.str.split('_').str[0],own.sequence_id.map(known),units(own, groups)
     scans = [k for k,s in own[library == '15k'].groupby(family).sequence if is_scan(s)]
     parts = dict(all=library != '') | {k: library == k for k in library.unique()} | {k: family == k for k in scans}
-    for who,p in preds.items():
-        t = errors(np.split(p, cut), store, rows).assign(unit=unit)
+    for who,t in tables.items():
         for k,m in parts.items():
             each = t[m].sequence_id if k in scans else unit[m]  # a scan is one unit: there, mutants are drawn
             out.append(dict(who=who, part=k, sequences=own.sequence[m & (t.positions > 0)].nunique(), **with_interval(t[m].assign(unit=each))))
+    return pd.DataFrame(out)
+
+# %% ../nbs/07_battle.ipynb #85bef853
+def by_noise(
+    tables:dict, # from `ship`
+    rows:pd.DataFrame, # of the store
+    n:int=5, # parts
+)->pd.DataFrame: # a row per library, modifier and part: median signal_to_noise, profiles, and each one's MAE
+    "How far off each is where the measurement itself is poor, and where it is good"
+    out,counts = [],tables['lookup'].positions
+    own = rows.loc[counts[counts > 0].index]
+    for (library,part),mod in itertools.product(own.groupby(own.dataset_name.str.split('_').str[0]), MODS):
+        sn = part[f'signal_to_noise_{mod}']
+        for _,g in sn.groupby(pd.qcut(sn, n, labels=False)):
+            out.append(dict(library=library, modifier=mod, signal_to_noise=g.median(), profiles=len(g), **{who: t.loc[g.index, mod].sum()/counts[g.index].sum() for who,t in tables.items()}))
     return pd.DataFrame(out)
 
 # %% ../nbs/07_battle.ipynb #dee4006e
