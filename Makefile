@@ -24,7 +24,7 @@ demo: install  ## data → BPPs → papermill run → submission and score; DATA
 	$B/ribo_infer $(TEST)/test_sequences.csv --ckpt $(DEMO) --out $(SUB) --bpp datamount/bpp --figures $(DEMO)/figures
 	$B/ribo_score $(SUB) $(TEST)/solution.parquet --test $(TEST)/test_sequences.csv --store $(STORE) --bpp datamount/bpp
 test: install  ## every notebook's lessons, then what does not fit in a cell
-	$B/nbdev_test --n_workers 2 && $B/python -m pytest -q -n 2 --dist loadgroup tests
+	$B/nbdev_test --n_workers 2 && $B/python -m pytest -q tests
 check: install  ## exported in step, notebooks clean, papermill's tag there, no back-edges
 	PATH="$(CURDIR)/$B:$$PATH" .ci/check
 export: install  ## nbs/ → ribo_nb/, and clean the notebooks

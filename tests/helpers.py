@@ -2,15 +2,14 @@
 import os,subprocess,sys
 from pathlib import Path
 
-os.environ['OMP_NUM_THREADS'] = '1'  # whatever the machine, and before torch is imported: two tests run at a time
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 REAL = ROOT.parent/'shared'/'data'
 TINY = '{"d_model": 16, "n_layer": 1, "n_epoch": 2, "batch_size": 8, "device": "cpu", "precision": "fp32"}'
 
 def env(**more):
-    "Our commands first in PATH"
-    return dict(os.environ, PATH=f'{BIN}{os.pathsep}{os.environ["PATH"]}', **more)
+    "Our commands first in PATH; two threads, whatever the machine"
+    return dict(os.environ, PATH=f'{BIN}{os.pathsep}{os.environ["PATH"]}', OMP_NUM_THREADS='2', **more)
 
 def call(*args, cwd=ROOT, timeout=600):
     "Run a command to its end → CompletedProcess with text output"

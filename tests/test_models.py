@@ -48,7 +48,6 @@ def test_compiled_equals_eager_and_does_not_compile_for_each_length(name):
         seen.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
     assert seen[2] == seen[-1]
 
-@pytest.mark.xdist_group('8 GB')  # one at a time, also where two tests run beside each other
 @pytest.mark.parametrize('name,more', [('cfg_0', {}), ('cfg_mamba', {}), ('cfg_seed32', {}), ('cfg_ribonanzanet', dict(n_layer=2)),
                                        ('cfg_mamba', dict(n_layer=2, pair_track=True))])
 def test_2000_nt_in_8_GB(name, more):
