@@ -491,10 +491,10 @@ def ship(
     save_ensemble(out/'ensemble.json', final, flip=False, data=data, fitted=dict(held_out='folds 1 and 2', positions=len(y)))
     vienna = BppStore(folder/'bpp', engine('vienna'))
     vienna.fill(store.rows.sequence)
-    lookup = np.concatenate(context_lookup(store, np.flatnonzero(store.rows.fold != 0), rows, vienna))
     cut,of = np.cumsum(store.rows.sequence.iloc[rows].str.len())[:-1],dict(zip(MEMBERS, preds, strict=True))
-    of |= dict(ensemble=np.einsum('k,knm->nm', weights, preds), lookup=lookup)
-    return {who: errors(np.split(p, cut), store, rows) for who,p in of.items()}
+    of = {who: np.split(p, cut) for who,p in (of | dict(ensemble=np.einsum('k,knm->nm', weights, preds))).items()}
+    of['lookup'] = context_lookup(store, np.flatnonzero(store.rows.fold != 0), rows, vienna)
+    return {who: errors(p, store, rows) for who,p in of.items()}
 
 # %% ../nbs/07_battle.ipynb #e1e4943b
 def shipped_scores(
