@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERSION', 'SPLITS', 'COLORS', 'encode', 'decode',
-           'datamount', 'check_target', 'atomic', 'progress', 'Command', 'contexts', 'wide_columns', 'sequence_id',
-           'simulate', 'is_parquet', 'readable', 'writable', 'text_tables', 'read_table', 'numbers', 'ahead',
-           'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool',
-           'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches',
-           'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
+           'datamount', 'shown', 'check_target', 'atomic', 'progress', 'Command', 'contexts', 'wide_columns',
+           'sequence_id', 'simulate', 'is_parquet', 'readable', 'writable', 'text_tables', 'read_table', 'numbers',
+           'ahead', 'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256',
+           'Spool', 'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch',
+           'epoch_batches', 'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
 import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,subprocess,sys,tempfile,threading,zlib
@@ -51,6 +51,13 @@ def datamount()->Path: # the folder for data and runs, never in git
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p/'settings.ini').exists() and (p/'nbs').is_dir()), here)
     return root/'datamount'
+
+# %% ../nbs/00_data.ipynb #7c1e0a53
+def shown(path)->str:
+    "A path as messages name it: inside the project relative to the working directory, elsewhere as it is"
+    path = Path(path)
+    inside = path.is_absolute() and path.is_relative_to(datamount().parent)
+    return os.path.relpath(path) if inside else str(path)
 
 # %% ../nbs/00_data.ipynb #2689c2d0
 def check_target(

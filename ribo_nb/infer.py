@@ -106,6 +106,13 @@ def _read_ensemble(path):
         if not p.is_file() or sha256(p) != h: raise ValueError(f"{p}: is missing or not the file that {path} was made with: {remedy}")
     return [p for p,*_ in members],[w for *_,w in members],calibration,flip
 
+# %% ../nbs/05_infer.ipynb #9e41d2b0
+def _one_engine(cfgs)->list:
+    "A RibonanzaNet reads no base-pair probabilities: its engine becomes that of the members that do"
+    reader = next((c for c in cfgs if c.model != 'ribonanzanet'), cfgs[0])
+    same = dict(engine=reader.engine, engine_params=reader.engine_params)
+    return [replace(c, **same) if c.model == 'ribonanzanet' else c for c in cfgs]
+
 # %% ../nbs/05_infer.ipynb #23b95f79
 def load(
     what=None, # run folder, checkpoint, ensemble file, or a list of runs and checkpoints; None: what comes along
@@ -123,11 +130,15 @@ def load(
     paths = [p/'best.pt' if p.is_dir() else p for p in paths]
     flip = bool(own if flip is None else flip)
     members,cfgs = zip(*(load_model(p, raw) for p in paths), strict=True)
+    cfgs = _one_engine(cfgs)
     for p,c in zip(paths, cfgs, strict=True):
         if (c.engine, c.engine_params) != (cfgs[0].engine, cfgs[0].engine_params):
             raise ValueError(f"{p} was trained on {c.engine} {c.engine_params} BPPs, {paths[0]} on {cfgs[0].engine} {cfgs[0].engine_params}: predict with them "
                              f"separately")
-        if flip and not c.flip: raise ValueError(f"{p} was trained without flips and cannot read an RNA from its other end: leave flip away")
+        if flip and not c.flip:
+            own = SHIPPED.parent == p.parent
+            raise ValueError(f"{f'{p.name} of ribo_nb' if own else p} was trained without flips and cannot read an RNA from "
+                             f"its other end: leave --flip away, or give --ckpt with runs that were trained with flip=true")
     device,dtype = resolve(replace(cfgs[0], device=device, precision=precision))
     return Ensemble(members, cfgs, paths, weights, flip, dtype, calibration, raw).to(device).eval()
 
@@ -678,9 +689,9 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
 # %% ../nbs/05_infer.ipynb #d45bbcda
 @command()
 @click.argument('sequences', type=click.Path(path_type=Path))
-@click.option('--ckpt', multiple=True, type=click.Path(path_type=Path), help='Run folder, checkpoint, or ensemble file of ribo_score --fit; several make an ensemble.  [default: the models that come with ribo_nb]')
+@click.option('--ckpt', multiple=True, type=click.Path(path_type=Path), help='Run folder, checkpoint, the official RibonanzaNet.pt, or ensemble file of ribo_score --fit; several make an ensemble.  [default: the models that come with ribo_nb]')
 @click.option('--out', required=True, type=click.Path(path_type=Path), help='File to write: .parquet, .csv, .csv.gz or (tables only) .rdat.')
-@click.option('--flip/--no-flip', default=None, help='Also read every RNA from its other end: a little better, twice the time.  [default: as the ensemble file says, else no]')
+@click.option('--flip/--no-flip', default=None, help='Also read every RNA from its other end: a little better, twice the time; for models trained with flips, which those of ribo_nb were not.  [default: as the ensemble file says, else no]')
 @click.option('--raw', is_flag=True, help='The last weights instead of their running average, where a run kept both.')
 @click.option('--precision', default='fp32', type=click.Choice(['fp32','bf16','fp16','auto']), help='Of the arithmetic.')
 @click.option('--device', default='auto', type=click.Choice(['auto','cpu','cuda']), help='Where to compute.')

@@ -6,9 +6,10 @@
 __all__ = ['scan', 'decay', 'ssd_dense', 'ssd_chunked', 'ssd_official', 'ssd', 'BiMixer', 'OuterProduct', 'plain_outer', 'Turn',
            'lean', 'portions', 'joined', 'Triangle', 'plain_triangle', 'sight', 'PairAttention', 'plain_attention',
            'wide', 'SequenceTrack', 'PairLayer', 'plain_layer', 'RelativePosition', 'tokens', 'RibonanzaNet',
-           'published', 'load_official', 'MultiScale', 'FusedMixer', 'FusedLayer', 'RibonanzaMamba']
+           'published', 'is_official', 'load_official', 'MultiScale', 'FusedMixer', 'FusedLayer', 'RibonanzaMamba']
 
 # %% ../nbs/03_mamba.ipynb #2f6447af
+import pickle,zipfile
 import torch,torch.nn.functional as F
 from einops import einsum,rearrange
 from torch import Tensor,nn
@@ -399,18 +400,32 @@ def published(
     return m.decoder(x) + z.mean()*0
 
 # %% ../nbs/03_mamba.ipynb #591b9a48
+def is_official(path)->bool:
+    "Is this a file of PyTorch's without our hash behind it, as the official `RibonanzaNet.pt` is?"
+    try:
+        with zipfile.ZipFile(path) as archive: return not archive.comment
+    except (OSError, zipfile.BadZipFile): return False
+
 def load_official(
     path, # RibonanzaNet.pt
     quirks:bool=False, # predict as the published code does, padding and all?
 )->RibonanzaNet: # in eval mode
     "RibonanzaNet with the official weights"
-    state = torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as archive: damaged = archive.testzip()  # PyTorch does not look at the checksums
+        if damaged: raise RuntimeError(f'the checksum of {damaged} does not match')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path}: is damaged, or neither a checkpoint of ribo_nb nor the official RibonanzaNet.pt: "
+                         f"download it again") from e
+    if not isinstance(state, dict): state = {}
     with torch.device('meta'): want = RibonanzaNet(True).state_dict()
     both = want.keys() & state.keys()
     wrong = {'missing': want.keys() - both, 'unexpected': state.keys() - both,
-             'of another shape': {k for k in both if want[k].shape != state[k].shape}}
+             'of another shape': {k for k in both if want[k].shape != getattr(state[k], 'shape', None)}}
     wrong = '; '.join(f"{len(v)} {k}, e.g. {', '.join(sorted(v)[:3])}" for k,v in wrong.items() if v)
-    if wrong: raise ValueError(f"{path} does not hold RibonanzaNet's weights: {wrong}")
+    if wrong: raise ValueError(f"{path} does not hold RibonanzaNet's weights: {wrong}: give a checkpoint of ribo_nb or "
+                              f"the official RibonanzaNet.pt")
     model = RibonanzaNet(quirks)
     model.load_state_dict({k: state[k] for k in model.state_dict()})
     return model.eval()

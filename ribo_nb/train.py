@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
-           'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args',
-           'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
-           'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device',
-           'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits',
-           'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed',
-           'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable',
-           'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding',
-           'check_trainable', 'alone', 'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors',
-           'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch',
-           'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow', 'launch']
+           'OFFICIAL', 'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected',
+           'model_args', 'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors',
+           'official_mae', 'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'masked_mae', 'resolve',
+           'to_device', 'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint',
+           'fits', 'latest', 'load_model', 'first_weights', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average',
+           'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'check_same',
+           'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log', 'diagnose',
+           'sample_store', 'folding', 'check_trainable', 'alone', 'train_run', 'record', 'measure', 'plot_log',
+           'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare',
+           'plot_runs', 'watch', 'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
@@ -93,7 +93,7 @@ class Cfg:
     checkpoint:bool=False # keep less for the backward pass, compute it again?
     compile:bool=False # torch.compile; needs a C++ compiler, or a GPU with triton
     graph:bool=False # on one GPU: record a step once for each shape of batch, then replay it
-    start:str='' # checkpoint whose weights the run begins with; '': random ones
+    start:str='' # checkpoint, or the official RibonanzaNet.pt, whose weights the run begins with; '': random ones
     fold:int=0 # held out for validation; -1: train on everything
     engine:str='native' # of the base-pair probabilities
     engine_params:str='' # first 8 digits of the SHA-256 of its parameter file; '' takes what is found, and a run records it
@@ -437,11 +437,23 @@ def load_model(
     path,
     raw:bool=False, # the last weights instead of their running average, where a run kept both
 )->tuple: # model with its weights, Cfg
-    "The model of a checkpoint, from its own configuration"
+    "The model of a checkpoint, from its own configuration; or the official RibonanzaNet"
+    if is_official(path): return load_official(path),OFFICIAL
     ck = load_checkpoint(path)
     model = build(ck['cfg'])
     with fits(path): model.load_state_dict(ck['raw'] if raw and 'raw' in ck else ck['model'])
     return model,ck['cfg']
+
+# %% ../nbs/04_train.ipynb #5d0c7e12
+OFFICIAL = replace(cfg_ribonanzanet, fold=-1)  # of the official RibonanzaNet.pt
+
+def first_weights(cfg:Cfg)->dict: # name of a parameter → tensor
+    "The weights of `cfg.start`: a checkpoint of ours, or the official RibonanzaNet.pt"
+    if not is_official(cfg.start): return load_checkpoint(cfg.start)['model']
+    if cfg.model != 'ribonanzanet':
+        raise ValueError(f"Cfg.start is {cfg.start}, the official weights of a RibonanzaNet, and the model is "
+                         f"{cfg.model}: start cfg_ribonanzanet with them")
+    return load_official(cfg.start, cfg.quirks).state_dict()
 
 # %% ../nbs/04_train.ipynb #d557ad8c
 def lr_at(
@@ -913,6 +925,7 @@ def folding(cfg:Cfg)->Engine:
 def check_trainable(store:Store, cfg:Cfg):
     "Raise ValueError, before anything is written, when there is nothing to learn from or nothing to score"
     rows,valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
+    if cfg.start: first_weights(cfg)  # a wrong file is found before anything is folded
     t = store.rows.iloc[rows]
     sn,good = (torch.tensor(t[[f'{c}_{m}' for m in MODS]].to_numpy(d)) for c,
                d in (('signal_to_noise', np.float32), ('SN_filter', bool)))
@@ -986,7 +999,8 @@ def _fresh(cfg):
     "A model with its first weights, where it will be trained"
     model = build(cfg)
     if cfg.start:
-        with fits(cfg.start): model.load_state_dict(load_checkpoint(cfg.start)['model'])
+        weights = first_weights(cfg)
+        with fits(cfg.start): model.load_state_dict(weights)
     model.to(resolve(cfg)[0])
     torch.manual_seed(cfg.seed + world()[0])  # each process drops something else
     if cfg.compile: compile_blocks(model)
