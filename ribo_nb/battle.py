@@ -483,7 +483,7 @@ def ship(
     weights = fit_weights(p, y)
     for k,name in zip(MEMBERS, finals, strict=True):
         ck = load_checkpoint(folder/'runs'/name/'best.pt')
-        save(out/f'{k}.pt', replace(ck['cfg'], start='', time_budget=0.), model=half(ck))
+        save(out/f'{k}.pt', replace(ck['cfg'], start='', time_budget=0.), model=half(ck), seen=ck.get('seen'))
     model = load([out/f'{k}.pt' for k in MEMBERS])
     final = Ensemble(model.members, model.cfgs, model.paths, weights, calibration=calibrate(*mean_spread(p, weights), y))
     seen = {n: (r := Store(folder/f'{n}.parquet').rows).sequence[r.fold > -9].nunique() for n in ('even','1M7')}

@@ -7,11 +7,11 @@ __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERS
            'datamount', 'shown', 'check_target', 'atomic', 'progress', 'Command', 'contexts', 'wide_columns',
            'sequence_id', 'simulate', 'is_parquet', 'readable', 'writable', 'text_tables', 'read_table', 'numbers',
            'ahead', 'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256',
-           'Spool', 'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch',
+           'Spool', 'write_store', 'Store', 'wrapped', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch',
            'epoch_batches', 'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
-import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,subprocess,sys,tempfile,threading,zlib
+import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,subprocess,sys,tempfile,textwrap,threading,zlib
 import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.csv as pv,pyarrow.parquet as pq
 import matplotlib.pyplot as plt
 from collections import deque
@@ -1103,6 +1103,15 @@ class Store:
 # %% ../nbs/00_data.ipynb #6e987a4c
 COLORS = {'2A3':'#2a6f97', 'DMS':'#c8553d'}
 
+def wrapped(
+    title:str,
+    width:float, # of the figure, inch
+)->str:
+    "A title in as many lines as it needs at 10 points; an escaped dollar sign stays in one piece"
+    letters = max(10, int(9.5*width))
+    lines = title.replace(r'\$', '\0').split('\n')
+    return '\n'.join(textwrap.fill(line, letters) for line in lines).replace('\0', r'\$')
+
 def plot_profile(
     sequence:str,
     react:np.ndarray, # (l m), NaN where not measured
@@ -1120,7 +1129,7 @@ def plot_profile(
         ax.set(ylabel=f'{mod} reactivity', ylim=(-.2, max(1.1, np.nanquantile(np.r_[react[:,m], 0], .97))),
                xlim=(.3, len(sequence)+.7))
         ax.axhline(0, color='k', lw=.5)
-    axs[0].set_title(title, fontsize=10)
+    axs[0].set_title(wrapped(title, fig.get_figwidth()), fontsize=10)
     axs[1].set_xticks(np.arange(1, len(sequence)+1), list(sequence), fontsize=6 if len(sequence) > 60 else 9)
     for ax in axs: ax.tick_params(axis='x', length=0)
     for ax in axs: ax.spines[['top','right']].set_visible(False)

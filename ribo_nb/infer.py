@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ENSEMBLE_VERSION', 'SHIPPED', 'LONGEST', 'SUBMISSION', 'turned', 'Ensemble', 'Spread', 'save_ensemble', 'load',
-           'features', 'interval', 'check_length', 'predict', 'add_structures', 'shipped', 'Sequences',
-           'read_sequences_file', 'Job', 'predict_block', 'run_job', 'is_csv', 'table_writer', 'by_position', 'join',
-           'write_rdat', 'read_rdat', 'measured_profiles', 'plain', 'rna_figures', 'set_figures', 'error_by',
-           'mutate_and_map', 'all_figures', 'write_figures', 'check_teachers', 'write_pseudo', 'infer_file', 'job_of',
-           'first_rows', 'draw_file', 'infer_together', 'ribo_infer']
+           'features', 'interval', 'learnt', 'outside', 'mark_unseen', 'check_length', 'predict', 'add_structures',
+           'outside_line', 'shipped', 'Sequences', 'read_sequences_file', 'Job', 'predict_block', 'run_job', 'is_csv',
+           'table_writer', 'by_position', 'join', 'write_rdat', 'read_rdat', 'measured_profiles', 'plain',
+           'rna_figures', 'set_figures', 'error_by', 'mutate_and_map', 'all_figures', 'write_figures', 'check_teachers',
+           'write_pseudo', 'infer_file', 'job_of', 'first_rows', 'draw_file', 'drawn_share', 'report_parts',
+           'infer_together', 'ribo_infer']
 
 # %% ../nbs/05_infer.ipynb #8f696e83
 import gzip,itertools,json,os,re,shutil,subprocess,sys,tempfile,time,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,ribo_nb,torch
@@ -45,10 +46,12 @@ class Ensemble(nn.Module):
         dtype=torch.float32, # of autocast
         calibration=None, # from chapter 05b: how far measurements lie from predictions
         raw:bool=False, # are these the last weights, not their running average?
+        seen:dict|None=None, # what the members have learnt from, as `seen_in` tells it; None: nobody knows
     ):
         super().__init__()
         self.members,self.cfgs,self.paths = nn.ModuleList(members),list(cfgs),list(paths)
         self.flip,self.dtype,self.calibration,self.raw = flip,dtype,calibration,raw
+        self.seen = seen
         w = torch.ones(len(members)) if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.register_buffer('weights', w/w.sum(), persistent=False)
 
@@ -106,6 +109,16 @@ def _read_ensemble(path):
         if not p.is_file() or sha256(p) != h: raise ValueError(f"{p}: is missing or not the file that {path} was made with: {remedy}")
     return [p for p,*_ in members],[w for *_,w in members],calibration,flip
 
+# %% ../nbs/05_infer.ipynb #a4d7c311
+def _seen_by(members, ensemble=None)->dict|None: # None: not known
+    "What the members of an ensemble, together, have learnt from"
+    told = json.loads(ensemble.read_text()).get('seen') if ensemble else None
+    if told: return told
+    each = [m.seen for m in members]
+    if None in each: return None
+    together = {k: min(s[k] for s in each) for k in ('shortest','start','end','triplets')}
+    return together | dict(longest=max(s['longest'] for s in each))
+
 # %% ../nbs/05_infer.ipynb #9e41d2b0
 def _one_engine(cfgs)->list:
     "A RibonanzaNet reads no base-pair probabilities: its engine becomes that of the members that do"
@@ -125,6 +138,7 @@ def load(
     paths = [Path(p) for p in (what if isinstance(what, (list, tuple)) else [SHIPPED if what is None else what])]
     if not paths: raise ValueError('no checkpoint given: name a run folder or a .pt file')
     weights = calibration = own = None
+    ensemble = paths[0] if len(paths) == 1 and paths[0].suffix == '.json' else None
     if len(paths) == 1 and paths[0].suffix == '.json': paths,weights,calibration,own = _read_ensemble(paths[0])
     elif alone := [p for p in paths if p.suffix == '.json']: raise ValueError(f"{alone[0]}: an ensemble file stands alone: name its members one by one instead")
     paths = [p/'best.pt' if p.is_dir() else p for p in paths]
@@ -140,7 +154,7 @@ def load(
             raise ValueError(f"{f'{p.name} of ribo_nb' if own else p} was trained without flips and cannot read an RNA from "
                              f"its other end: leave --flip away, or give --ckpt with runs that were trained with flip=true")
     device,dtype = resolve(replace(cfgs[0], device=device, precision=precision))
-    return Ensemble(members, cfgs, paths, weights, flip, dtype, calibration, raw).to(device).eval()
+    return Ensemble(members, cfgs, paths, weights, flip, dtype, calibration, raw, _seen_by(members, ensemble)).to(device).eval()
 
 # %% ../nbs/05_infer.ipynb #5a368bde
 def features(pred, spread): # what an error's quantiles depend on, (n f)
@@ -161,6 +175,31 @@ def interval(
         low[:,m],high[:,m] = (pred[:,m] + np.minimum(lo, 0)).clip(0, 1),(pred[:,m] + np.maximum(hi, 0)).clip(0, 1)
     return low,high
 
+# %% ../nbs/05_infer.ipynb #d1f3a721
+def learnt(n:int, seen:dict)->np.ndarray: # bool (l)
+    "Which positions of an RNA of n nt are as far from the ends as some that were measured"
+    at = np.arange(n)
+    return (at >= seen['start']) & (at < n - seen['end'])
+
+def outside(sequence:str, seen:dict)->dict: # length, ends, composition → what is new about it; empty: nothing
+    "What about an RNA is new to models that have seen `seen`"
+    n,notes = len(sequence),{}
+    if not seen['shortest'] <= n <= seen['longest']:
+        notes['length'] = f"{n:,} nt, learnt from {seen['shortest']} to {seen['longest']} nt"
+    unknown = ~learnt(n, seen)
+    if sequence.startswith(FLANK5): unknown[:len(FLANK5)] = False
+    if sequence.endswith(FLANK3): unknown[-len(FLANK3):] = False
+    if unknown.any():
+        notes['ends'] = f"{unknown.sum()} of {n} positions never learnt (first {seen['start']}, last {seen['end']} nt)"
+    if triplets(sequence) < seen['triplets']: notes['composition'] = 'more repetitive than any RNA learnt from'
+    return notes
+
+def mark_unseen(table:pd.DataFrame, seen:dict):
+    "Add the column `warning` to a table of `predict`, and take intervals away where nothing was learnt"
+    table['warning'] = ['; '.join(outside(s, seen).values()) for s in table.sequence]
+    for c in table.columns[table.columns.str.match('(low|high)_')]:
+        table[c] = [np.where(learnt(len(x), seen), x, np.float32(np.nan)) for x in table[c]]
+
 # %% ../nbs/05_infer.ipynb #0cdd21be
 LONGEST = 5000  # nt; memory and time grow with the square of the length
 
@@ -174,7 +213,7 @@ def predict(
     bpp:BppStore|None=None, # default: fold here and keep nothing
     structures:bool=False, # also dot-brackets by ViennaRNA, alone and guided by the predicted 2A3, and how well they agree with it
     tick=lambda n: None, # called after each batch with the number of its sequences
-)->pd.DataFrame: # name, sequence, reactivity_2A3_MaP, reactivity_DMS_MaP, spread_…, low_…, high_… (arrays, one value per nt), structure, …
+)->pd.DataFrame: # name, sequence, reactivity_2A3_MaP, reactivity_DMS_MaP, spread_…, low_…, high_… (arrays, one value per nt), warning, structure, …
     "Predicted reactivity of each sequence, and how sure it is"
     sequences = clean_sequences([sequences] if isinstance(sequences, str) else sequences, 'sequences', 'number')
     if names is not None and len(names) != len(sequences): raise ValueError(f"{len(names)} names for {len(sequences)} sequences: one each")
@@ -188,6 +227,7 @@ def predict(
     out = pd.DataFrame(dict(name=list(names) if names is not None else [sequence_id(s) for s in sequences], sequence=sequences))
     for k,v in kinds.items():
         for i,mod in enumerate(MODS): out[f'{k}_{mod}_MaP'] = [np.ascontiguousarray(x[:,i]) for x in v]
+    if model.seen: mark_unseen(out, model.seen)
     return add_structures(out, tick) if structures else out
 
 # %% ../nbs/05_infer.ipynb #857dd637
@@ -201,12 +241,31 @@ def add_structures(table:pd.DataFrame, tick=lambda n: None)->pd.DataFrame: # wit
         out[c.replace('structure', 'eterna_score')] = [round(agreement(d, x)['eterna_score'], 1) for d,x in zip(out[c], react, strict=True)]
     return out
 
+# %% ../nbs/05_infer.ipynb #e83b5d02
+def outside_line(seqs, seen:dict)->str: # '' when there is nothing to say
+    "How many sequences of a file are outside what the models have learnt from, and why"
+    count = dict(length=int(((seqs.length < seen['shortest']) | (seqs.length > seen['longest'])).sum()))
+    some = count['length']
+    if seqs.low is None:
+        count,some = dict(length=0, ends=0, composition=0),0
+        for a in range(0, len(seqs), 4096):
+            notes = [outside(s, seen) for s in seqs.take(a, a+4096).sequence]
+            some += sum(map(bool, notes))
+            for k in count: count[k] += sum(k in n for n in notes)
+    if not some: return ''
+    words = dict(length=f"length (not {seen['shortest']} to {seen['longest']} nt)",
+                 ends=f"ends that were never measured (first {seen['start']}, last {seen['end']} nt)",
+                 composition='composition (repeats)')
+    why = ', '.join(f'{n:,} by {words[k]}' for k,n in count.items() if n)
+    where = '; the column `warning` says which' if seqs.low is None else ''
+    return f'{some:,} of {len(seqs):,} RNAs are outside what these models have learnt from: {why}{where}'
+
 # %% ../nbs/05_infer.ipynb #1dc072d5
 def shipped()->str: # one line
     "Which models come with the package, and what they have learnt from"
     d = json.loads(SHIPPED.read_text())
     *names,last = [m['path'] for m in d['members']]
-    return f"predicting with {', '.join(names)} and {last} of ribo_nb {ribo_nb.__version__}, trained on {d['data']}; what they are good for: {SHIPPED.parent/'MODEL_CARD.md'}"
+    return f"predicting with {', '.join(names)} and {last} of ribo_nb {ribo_nb.__version__}, trained on {d['data']}; what they are good for: {shown(SHIPPED.parent/'MODEL_CARD.md')}"
 
 # %% ../nbs/05_infer.ipynb #2144ad43
 def _fasta_records(path, longest=1<<16):
@@ -420,7 +479,8 @@ def by_position(table)->pa.Table:
     long = table.assign(position=table.sequence.map(lambda s: range(1, len(s)+1)), nt=table.sequence.map(list),
                         **{c: table[c].map(list) for c in cols if c.startswith('structure')}).explode(['position','nt',*cols])
     return pa.table({'name': long.name.astype(str).to_numpy(), 'position': long.position.to_numpy(np.int64)} | {
-        c: long[c].to_numpy(str) if c == 'nt' or c.startswith('structure') else long[c].to_numpy(float).round(4) for c in ('nt', *cols)})
+        c: long[c].to_numpy(str) if c == 'nt' or c.startswith('structure') else pa.array(long[c].to_numpy(float).round(4), from_pandas=True)
+        for c in ('nt', *cols)} | ({'warning': long.warning.to_numpy(str)} if 'warning' in table else {}))
 
 # %% ../nbs/05_infer.ipynb #db562b16
 def _checked_parts(job, seqs):
@@ -472,7 +532,8 @@ def write_rdat(table:pd.DataFrame, path):
     fill = lambda x: np.r_[x, np.full(n-len(x), np.nan)]
     for t in table.to_dict('records'):
         for mod in MODS:
-            notes.append(dict(name=[str(t['name'])], sequence=[t['sequence']], modifier=[mod], datatype=['PREDICTED']) | ({'structure': [t['structure']]} if 'structure' in t else {}))
+            notes.append(dict(name=[str(t['name'])], sequence=[t['sequence']], modifier=[mod], datatype=['PREDICTED']) | ({'structure': [t['structure']]} if 'structure' in t else {})
+                         | ({'warning': [t['warning']]} if t.get('warning') else {}))
             rows.append(fill(t[f'reactivity_{mod}_MaP'])); errs.append(fill(t.get(f'spread_{mod}_MaP', [])))
     r.annotations = dict(software=['ribo_nb'])
     with atomic(path) as tmp:
@@ -512,10 +573,11 @@ def rna_figures(
 ):
     "Name and figure of what there is to see about one RNA"
     pred,s,name = _arrays(row, 'reactivity'),row['sequence'],plain(row['name'])
-    yield 'profile',plot_band(s, pred, _arrays(row, 'low'), _arrays(row, 'high'), react, row.get('structure_guided', ''), f"{name}: predicted reactivity")
-    yield 'arcs',plot_arcs(bpp, pred, s, f"{name}: base-pair probabilities and predicted reactivity")
+    warning = f"\n{row['warning']}" if row.get('warning') else ''
+    yield 'profile',plot_band(s, pred, _arrays(row, 'low'), _arrays(row, 'high'), react, row.get('structure_guided', ''), f"{name}: predicted reactivity{warning}")
+    yield 'arcs',plot_arcs(bpp, pred, s, f"{name}: base-pair probabilities and predicted reactivity{warning}")
     if 'structure_guided' in row:
-        yield 'structure',plot_structure(s, row['structure_guided'], pred[:,0], f"{name}: minimum free energy with the predicted 2A3 as evidence").figure
+        yield 'structure',plot_structure(s, row['structure_guided'], pred[:,0], f"{name}: minimum free energy with the predicted 2A3 as evidence{warning}").figure
 
 # %% ../nbs/05_infer.ipynb #39c53d72
 def set_figures(table, measured):
@@ -610,7 +672,7 @@ def write_pseudo(
 # %% ../nbs/05_infer.ipynb #2cc03409
 def infer_file(
     model:Ensemble,
-    source, # FASTA, CSV or Parquet
+    source, # FASTA, CSV or Parquet, or `Sequences` read from one
     out, # .parquet, .csv or .rdat
     bpps=None, # folder of a BPP store; None: BPPs are forgotten as soon as they are used
     figures=None, # folder
@@ -620,11 +682,13 @@ def infer_file(
     mutate:bool=False, # also a mutate-and-map of the first RNA
     shard:tuple=(0, 1), # which share of the work, of how many
     hours:float=0., # stop in time; 0: no limit
+    most:int=20, # RNAs that are drawn one by one
 )->str: # what was done, in one line
     "Predict a file, going on where an earlier start stopped"
     out,seqs = _checked(out, source, figures, report)
     if bpps: BppStore(bpps, folding(model.cfgs[0]))  # an error of the store comes first
     if structures and seqs.low is None: vienna()
+    if model.seen and not shard[0] and (line := outside_line(seqs, model.seen)): click.echo(line, err=True)
     job = Job(out, job_of(model, seqs, structures), seqs.length)
     run_job(job, model, seqs, bpps, structures, shard, hours)
     if gone := job.missing():
@@ -632,15 +696,17 @@ def infer_file(
         return f'{out}: {why}, {len(gone)} of {len(job)} parts are missing still'
     if not join(job, seqs): return f'{out}: another process joins the parts'
     text = f'{out}: {len(seqs)} sequences' if seqs.low is None else f'{out}: submission of {int(seqs.length.sum())} rows'
-    return text + draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate)
+    return text + draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate, most)
 
 # %% ../nbs/05_infer.ipynb #04015e27
 def _checked(out, source, figures, report): # path, sequences; ValueError before anything is computed
-    out = check_target(out, source)
+    seqs = source if isinstance(source, Sequences) else None
+    out = check_target(out, source if seqs is None else seqs.path)
     if not is_csv(out) and out.suffix not in ('.parquet','.rdat'): raise ValueError(f"{out}: the output is a .parquet, .csv, .csv.gz or .rdat file")
-    if report: check_target(report, source, out)
+    if report: check_target(report, source if seqs is None else seqs.path, out)
     if figures: check_target(Path(figures)/'x')
-    seqs = Sequences(source)
+    if out.suffix == '.rdat': _rdat_kit()
+    seqs = Sequences(source) if seqs is None else seqs
     if out.suffix == '.rdat' and (seqs.low is not None or len(seqs) > 10_000): raise ValueError(f"{out}: RDAT holds up to 10,000 RNAs and no submission: write .parquet or .csv")
     return out,seqs
 
@@ -648,7 +714,7 @@ def _checked(out, source, figures, report): # path, sequences; ValueError before
 def job_of(model, seqs, structures)->dict: # what the predictions depend on
     return dict(source=sha256(seqs.path), kind_of_output='table' if seqs.low is None else 'submission', models=[sha256(p) for p in model.paths],
                 weights=model.weights.tolist(), flip=model.flip, dtype=str(model.dtype), calibration=model.calibration, structures=structures and seqs.low is None,
-                raw=model.raw, engine=folding(model.cfgs[0]).key)
+                raw=model.raw, engine=folding(model.cfgs[0]).key, seen=model.seen)
 
 def first_rows(model, seqs, out, bpp, structures, n=300)->pd.DataFrame: # as `predict` gives them
     "The first predictions of a file: read where it holds all that figures need, else made again"
@@ -656,23 +722,42 @@ def first_rows(model, seqs, out, bpp, structures, n=300)->pd.DataFrame: # as `pr
     head = seqs.take(0, n)
     return predict(model, head.sequence, head.name, bpp, structures)
 
-def draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate)->str: # what was drawn
-    "Figures and report of the first sequences of a file"
+def draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate, most=20)->str: # what was drawn
+    "Figures and report of the first sequences of a file, and how many these are of how many"
     if not (figures or report): return ''
     bpp = BppStore(bpps, folding(model.cfgs[0]))
-    table = first_rows(model, seqs, out, bpp, structures)
+    table = first_rows(model, seqs, out, bpp, structures, max(300, most))
     known = measured_profiles(measured, table.sequence) if measured else {}
-    drawn,text = all_figures(table, bpp, known, model if mutate else None),''
-    if figures: text = f'; {len(drawn := write_figures(drawn, figures))} figures in {figures}'
+    drawn,text,share = all_figures(table, bpp, known, model if mutate else None, most),'',drawn_share(len(seqs), len(table), most)
+    if figures:
+        drawn = write_figures(drawn, figures)
+        text = f'; {len(drawn)} figures in {figures}'
     if report:
-        brief = pd.DataFrame({'name': table.name, 'nt': table.sequence.map(len)} | {f'mean {m}': table[f'reactivity_{m}_MaP'].map(np.mean).round(3) for m in MODS} | {
-            c: table[c] for c in ('eterna_score','eterna_score_guided') if c in table})
-        words = f'{len(seqs)} sequences of {seqs.path.name}; models: {", ".join(map(str, model.paths))}; predicted, not measured.'
-        fasta = '\n'.join(f"{r['name']}\n{r['sequence']}\n{r['structure_guided']}" for r in table.head(20).to_dict('records')) if 'structure' in table else ''
-        write_report(report, f'Predicted reactivity: {seqs.path.name}', itertools.chain(
-            [('', words), ('Summary', brief)], [('Structures, guided by the predicted 2A3', fasta)]*bool(fasta), ((title, what) for _,title,what in drawn)))
+        write_report(report, f'Predicted reactivity: {seqs.path.name}', itertools.chain(report_parts(model, seqs, table, share), ((title, what) for _,title,what in drawn)))
         text += f'; report {report}'
-    return text
+    return text + (f' ({share})' if share else '')
+
+# %% ../nbs/05_infer.ipynb #f2b86c02
+def drawn_share(total:int, table:int, most:int)->str: # '' when all are drawn
+    "Of how many RNAs of a file a report shows what"
+    parts = [f'{most} of {total:,} RNAs one by one: --figures-most {min(total, 10*most)} draws more'] if total > most else []
+    if total > table: parts.append(f'the first {table} in table and heat map')
+    return f"drawn are {', '.join(parts)}" if parts else ''
+
+def report_parts(model, seqs, table, share)->list: # (heading, what), for `write_report`
+    "What a report says before its figures"
+    names = [f'{p.name} of ribo_nb {ribo_nb.__version__}' if p.parent == SHIPPED.parent else shown(p) for p in model.paths]
+    parts = [('', f'{len(seqs):,} sequences of {seqs.path.name}; models: {", ".join(names)}; predicted, not measured.')]
+    if share: parts.append(('', f'{share[0].upper()}{share[1:]}.'))
+    if model.seen and (line := outside_line(seqs, model.seen)): parts.append(('', f'Warning: {line}.'))
+    brief = dict(name=table.name, nt=table.sequence.map(len))
+    for m in MODS: brief[f'mean {m}'] = table[f'reactivity_{m}_MaP'].map(np.mean).round(3)
+    brief |= {c: table[c] for c in ('eterna_score','eterna_score_guided','warning') if c in table}
+    parts.append(('Summary', pd.DataFrame(brief)))
+    if 'structure' in table:
+        fasta = '\n'.join(f"{r['name']}\n{r['sequence']}\n{r['structure_guided']}" for r in table.to_dict('records'))
+        parts.append(('Structures, guided by the predicted 2A3', fasta))
+    return parts
 
 # %% ../nbs/05_infer.ipynb #b6fb1094
 def _shard(ctx, param, value):
@@ -698,6 +783,7 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
 @click.option('--bpp', 'bpps', type=click.Path(path_type=Path), help='Keep and reuse base-pair probabilities in this folder.')
 @click.option('--no-structure', is_flag=True, help='Leave dot-brackets out of a table.')
 @click.option('--figures', type=click.Path(path_type=Path), help='Also draw figures into this folder.')
+@click.option('--figures-most', 'most', default=20, type=click.IntRange(0), help='RNAs that figures and report draw one by one.')
 @click.option('--report', type=click.Path(path_type=Path), help='Also write one HTML file with all of it.')
 @click.option('--measured', type=click.Path(path_type=Path), help='Store with measured profiles, drawn beside the predictions.')
 @click.option('--mutate', is_flag=True, help='Also draw a mutate-and-map of the first sequence.')
@@ -705,7 +791,7 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
 @click.option('--hours', default=0., type=click.FloatRange(0), help='Stop in time, with all finished parts kept; 0: no limit.')
 @click.option('--merge', is_flag=True, help='Only join parts that shards have made, perhaps on other machines.')
 @click.option('--pseudo', type=click.Path(path_type=Path), help='Write a store to train on: this one and, as pseudo-labels, SEQUENCES.')
-def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_structure, figures, report, measured, mutate, shard, hours, merge, pseudo):
+def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_structure, figures, most, report, measured, mutate, shard, hours, merge, pseudo):
     """Predict 2A3 and DMS reactivity (0 to 1 per nucleotide) of SEQUENCES.
 
     Without --ckpt the models that come with ribo_nb are used; MODEL_CARD.md beside them says what they are good for.
@@ -714,17 +800,24 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
     command goes on where it was. Exit code 75: asked to stop, and all finished parts are kept."""
     if mutate and not (figures or report): raise click.UsageError('--mutate draws into --figures or --report: give one.')
     if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    # What can be wrong with the files is found before the models are loaded
+    store = Store(pseudo or measured) if pseudo or measured else None
+    if merge and not out.with_name(f'{out.name}.parts').is_dir():
+        raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")
+    if pseudo or merge: seqs = Sequences(sequences)
+    else:
+        out,seqs = _checked(out, sequences, figures, report)
+        if not no_structure and seqs.low is None: vienna()
     model = load(list(ckpt) or None, device, flip, raw, precision)
     if not ckpt and not int(os.environ.get('LOCAL_RANK', 0)): click.echo(shipped(), err=True)
     if pseudo:
-        n = write_pseudo(model, read_sequences_file(sequences).sequence, Store(pseudo), out, BppStore(bpps, folding(model.cfgs[0])))
+        if model.seen and (line := outside_line(seqs, model.seen)): click.echo(line, err=True)
+        n = write_pseudo(model, seqs.take().sequence, store, out, BppStore(bpps, folding(model.cfgs[0])))
         click.echo(f'{out}: {n} sequences with pseudo-labels, behind the rows of {pseudo}'); return
     if merge:
-        seqs = Sequences(sequences)
-        if not out.with_name(f'{out.name}.parts').is_dir(): raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")
         join(Job(check_target(out, sequences), job_of(model, seqs, not no_structure), seqs.length), seqs)
         click.echo(f'{out}: joined'); return
-    try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, Store(measured) if measured else None, mutate, shard, hours))
+    try: click.echo(infer_file(model, seqs, out, bpps, figures, report, not no_structure, store, mutate, shard, hours, most))
     except Stopped as e:
         click.echo(str(e), err=True)
         raise SystemExit(STOPPED) from e

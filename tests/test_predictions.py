@@ -1,15 +1,19 @@
 "What a prediction is made with, and what it says about itself: official weights, warnings, figures, report."
 import json
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pyarrow.csv as pv
 import pytest
 import torch
 from dataclasses import replace
 from helpers import TINY,invoke
-from ribo_nb import train
-from ribo_nb.infer import load
+from ribo_nb import bpp,infer,train
+from ribo_nb.data import FLANK3,FLANK5,Store,shown
+from ribo_nb.infer import drawn_share,load,outside,predict
 from ribo_nb.mamba import RibonanzaNet,published
 from ribo_nb.squeezeformer import toy_batch
+from ribo_nb.structure import dot_bracket,layout,partners,place_numbers,plot_structure
 from ribo_nb.train import OFFICIAL,load_model
 
 
@@ -79,3 +83,147 @@ def test_flip_with_shipped_weights_explains_itself(tmp_path):
     r = invoke('ribo_infer', fasta(tmp_path/'x.fa', 'GGGAAACCC'), '--out', tmp_path/'o.csv', '--flip', '--device', 'cpu')
     assert r.exit_code == 1 and not (tmp_path/'o.csv').exists()
     assert 'squeezeformer.pt of ribo_nb was trained without flips' in r.output and 'leave --flip away' in r.output
+
+TRNA = 'GCGGAUUUAGCUCAGUUGGGAGAGCGCCAGACUGAAGAUCUGGAGGUCCUGUGUUCGAUCCACAGAAUUCGCACCA'
+INSIDE = FLANK5 + 'GCAAGGCUUUACGCUAGGAUUCGAUUGCACGUAUCCUAGCGAAAGCUUAGCCUUGCAUAUUCGUAUGC' + FLANK3
+RANGE = dict(shortest=115, longest=170, start=26, end=20, triplets=.46875)
+
+
+@pytest.mark.parametrize('text,more,why', [
+    ('>a\nGGGAAACCC\n>b\nACGNACGU\n', [], 'record 2 (b)'),
+    ('>a\nGGGAAACCC\n', ['--measured', 'gone.parquet'], 'gone.parquet: no such file'),
+    ('>a\nGGGAAACCC\n', ['--merge'], 'nothing to merge')])
+def test_files_are_checked_before_models_are_loaded(text, more, why, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError('loaded')
+    monkeypatch.setattr(infer, 'load', never)
+    (tmp_path/'x.fa').write_text(text)
+    r = invoke('ribo_infer', tmp_path/'x.fa', '--out', tmp_path/'o.csv', *more)
+    assert r.exit_code == 1 and why in r.output, r.output
+
+
+def test_what_is_new_to_the_models():
+    assert outside(INSIDE, RANGE) == {}
+    assert outside('A', RANGE).keys() == {'length','ends'}
+    assert '46 of 76 positions never learnt' in outside(TRNA, RANGE)['ends']
+    assert outside(FLANK5 + 'GCAUGCUUAGGCAUC'*20 + FLANK3, RANGE).keys() == {'length'}
+    assert outside('A'*130, RANGE).keys() == {'ends','composition'}
+    assert outside(FLANK5 + 'CAG'*30 + FLANK3, RANGE).keys() == {'composition'}
+    assert outside('GGGAAACCC', dict(shortest=5, longest=9, start=0, end=0, triplets=0.)) == {}
+
+
+@pytest.fixture(scope='module')
+def shipped_run(tmp_path_factory):
+    "A tRNA, a lone A and two RNAs like those learnt from, by the shipped weights, with two of four drawn"
+    d = tmp_path_factory.mktemp('shipped')
+    source = fasta(d/'x.fa', TRNA, 'A', INSIDE, INSIDE[:40] + 'A' + INSIDE[41:])
+    drawn = '--figures',d/'figures','--report',d/'r.html','--figures-most',2
+    r = invoke('ribo_infer', source, '--out', d/'o.parquet', '--device', 'cpu', *drawn)
+    assert r.exit_code == 0, r.output
+    return d,r
+
+
+def test_warnings_are_in_the_table_and_said_once(shipped_run):
+    d,r = shipped_run
+    t = pd.read_parquet(d/'o.parquet')
+    assert (t.warning != '').tolist() == [True, True, False, False]
+    assert '76 nt, learnt from 115 to 170 nt' in t.warning[0]
+    said = [line for line in r.stderr.splitlines() if 'are outside what these models have learnt from' in line]
+    assert len(said) == 1 and said[0].startswith('2 of 4 RNAs'), r.stderr
+    for kind in ('low','high'):
+        for m in ('2A3','DMS'):
+            blank = t[f'{kind}_{m}_MaP'].map(lambda x: int(np.isnan(x).sum()))
+            assert blank.tolist() == [46, 1, 46, 46]
+    assert all(np.isfinite(np.concatenate(t[f'reactivity_{m}_MaP'])).all() for m in ('2A3','DMS'))
+
+
+def test_csv_and_rdat_have_the_warnings(shipped_run, tmp_path):
+    t = pd.read_parquet(shipped_run[0]/'o.parquet')
+    pv.write_csv(infer.by_position(t), tmp_path/'o.csv')
+    rows = pd.read_csv(tmp_path/'o.csv', keep_default_na=False)
+    assert rows.warning[rows.name == 'r1'].unique().tolist() == [t.warning[0]]
+    assert (rows.warning[rows.name == 'r3'] == '').all()
+    assert (rows.low_2A3_MaP[rows.name == 'r1'] == '').sum() == 46
+    infer.write_rdat(t, tmp_path/'o.rdat')
+    assert t.warning[0] in (tmp_path/'o.rdat').read_text()
+    assert infer.read_rdat(tmp_path/'o.rdat').sequence.tolist() == t.sequence.tolist()
+
+
+def test_report_says_what_it_leaves_out(shipped_run):
+    d,r = shipped_run
+    drawn = {p.name.split('_')[0] for p in (d/'figures').glob('0*.png')}
+    assert drawn == {'01','02'} and '2 of 4 RNAs one by one' in r.output and '--figures-most' in r.output
+    page = (d/'r.html').read_text()
+    assert 'rawn are 2 of 4 RNAs one by one' in page and '2 of 4 RNAs are outside' in page
+    assert '46 of 76 positions never learnt' in page and 'squeezeformer.pt of ribo_nb' in page
+    assert str(infer.SHIPPED.parent) not in page and str(d) not in page
+
+
+def test_all_are_drawn_when_they_are_few():
+    assert drawn_share(4, 4, 20) == ''
+    assert drawn_share(25, 25, 20) == 'drawn are 20 of 25 RNAs one by one: --figures-most 25 draws more'
+    assert 'the first 300 in table and heat map' in drawn_share(5000, 300, 20)
+
+
+def test_a_run_remembers_what_it_has_seen(mount, tmp_path):
+    r = invoke('ribo_train', 'cfg_demo', '--data', mount/'store.parquet', '--bpp', mount/'bpp', '--run', tmp_path/'run', '--overrides', TINY)
+    assert r.exit_code == 0, r.output
+    model = load(tmp_path/'run', 'cpu')
+    length = Store(mount/'store.parquet').rows.sequence.str.len()
+    seen = {k: model.seen[k] for k in ('shortest','longest','start','end')}
+    assert seen == dict(shortest=length.min(), longest=length.max(), start=26, end=20)
+    assert '9 nt' in predict(model, 'GGGAAACCC').warning[0]
+    unknown = load(tmp_path/'run'/'last.pt', 'cpu')
+    assert unknown.seen is None and 'warning' not in predict(unknown, 'GGGAAACCC')
+    assert load([tmp_path/'run', tmp_path/'run'/'last.pt'], 'cpu').seen is None
+    # a submission keeps its three columns, and its lengths are told about
+    test = pd.DataFrame(dict(id_min=[0, 9], id_max=[8, 20], sequence_id=['a','b'], sequence=['GGGAAACCC','GGGAAACCCAAA']))
+    test.to_csv(tmp_path/'test.csv', index=False)
+    r = invoke('ribo_infer', tmp_path/'test.csv', '--ckpt', tmp_path/'run', '--out', tmp_path/'s.csv')
+    assert r.exit_code == 0 and '2 of 2 RNAs are outside' in r.output, r.output
+    assert pd.read_csv(tmp_path/'s.csv').columns.tolist() == ['id','reactivity_DMS_MaP','reactivity_2A3_MaP']
+
+
+def test_an_ensemble_has_seen_what_any_member_has(tmp_path):
+    cfg = train.make_cfg('cfg_demo', json.loads(TINY))
+    weights = train.build(cfg).state_dict()
+    train.save(tmp_path/'a.pt', cfg, model=weights, seen=RANGE)
+    train.save(tmp_path/'b.pt', cfg, model=weights, seen=RANGE | dict(longest=300, start=0))
+    assert load([tmp_path/'a.pt', tmp_path/'b.pt'], 'cpu').seen == RANGE | dict(longest=300, start=0)
+
+
+def test_structure_has_its_title_and_numbers_clear_of_nucleotides():
+    rng = np.random.default_rng(5)
+    rnas = ['A', 'GGGAAACCC', TRNA, INSIDE, ''.join(rng.choice(list('ACGU'), 400))]
+    title = 'a name as long as those of databases are: minimum free energy with the predicted 2A3 as evidence'
+    for s in rnas:
+        structure = dot_bracket(s)
+        fig = plot_structure(s, structure, np.full(len(s), .5), title).figure
+        fig.canvas.draw()
+        box,page = fig._suptitle.get_window_extent(),fig.bbox
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1, len(s)
+        plt.close(fig)
+        xy = layout(structure)
+        numbers = sorted({0, *range(9, len(s)-4, 10), len(s)-1})
+        spots,sizes = place_numbers(xy, partners(structure), numbers, 14.)
+        gap = (np.abs(spots[:,None] - xy) - sizes[:,None]/2).clip(0)
+        assert np.hypot(*gap.transpose(2, 0, 1)).min() > 10.25, len(s)  # 20.5 units is a disc
+
+
+def test_the_wait_for_the_compiler_is_announced(monkeypatch, capsys):
+    monkeypatch.setattr(bpp, '_is_compiled', lambda: False)
+    bpp.Native().prepare()
+    assert 'compiling the folding engine' in capsys.readouterr().err
+    monkeypatch.undo()
+    assert bpp._is_compiled()
+    bpp.Native().prepare()
+    assert not capsys.readouterr().err
+
+
+def test_paths_of_the_project_are_shown_relative(monkeypatch, tmp_path):
+    project = tmp_path/'project'
+    (project/'nbs').mkdir(parents=True)
+    (project/'settings.ini').touch()
+    monkeypatch.chdir(project/'nbs')
+    assert shown(project/'datamount'/'x.parquet') == '../datamount/x.parquet'
+    assert shown(tmp_path/'x.parquet') == str(tmp_path/'x.parquet') and shown('y/x') == 'y/x'
