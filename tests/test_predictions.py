@@ -85,7 +85,7 @@ def test_flip_with_shipped_weights_explains_itself(tmp_path):
     assert 'squeezeformer.pt of ribo_nb was trained without flips' in r.output and 'leave --flip away' in r.output
 
 TRNA = 'GCGGAUUUAGCUCAGUUGGGAGAGCGCCAGACUGAAGAUCUGGAGGUCCUGUGUUCGAUCCACAGAAUUCGCACCA'
-INSIDE = FLANK5 + 'GCAAGGCUUUACGCUAGGAUUCGAUUGCACGUAUCCUAGCGAAAGCUUAGCCUUGCAUAUUCGUAUGC' + FLANK3
+INSIDE = FLANK5 + 'GGCAAGGCUUUACGCUAGGAUUCGAUUGCACGUAUCCUAGCGAAAGCUUAGCCUUGCAUAUUCGUAUGC' + FLANK3
 RANGE = dict(shortest=115, longest=170, start=26, end=20, triplets=.46875)
 
 
