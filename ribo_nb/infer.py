@@ -113,6 +113,10 @@ def _read_ensemble(path):
 def _seen_by(members, ensemble=None)->dict|None: # None: not known
     "What the members of an ensemble, together, have learnt from"
     told = json.loads(ensemble.read_text()).get('seen') if ensemble else None
+    names = {'shortest','longest','start','end','triplets'}
+    if told and not (isinstance(told, dict) and told.keys() == names and all(type(v) in (int, float) for v in told.values())):
+        raise ValueError(f"{ensemble}: seen is {told!r}, expected a number for each of {', '.join(sorted(names))}: correct it, or "
+                         f"leave it out")
     if told: return told
     each = [m.seen for m in members]
     if None in each: return None
@@ -120,6 +124,10 @@ def _seen_by(members, ensemble=None)->dict|None: # None: not known
     return together | dict(longest=max(s['longest'] for s in each))
 
 # %% ../nbs/05_infer.ipynb #9e41d2b0
+def _named(path)->str:
+    "A member of an ensemble as messages and reports name it: those that come along by their package"
+    return f'{path.name} of ribo_nb {ribo_nb.__version__}' if path.parent == SHIPPED.parent else shown(path)
+
 def _one_engine(cfgs)->list:
     "A RibonanzaNet reads no base-pair probabilities: its engine becomes that of the members that do"
     reader = next((c for c in cfgs if c.model != 'ribonanzanet'), cfgs[0])
@@ -150,8 +158,7 @@ def load(
             raise ValueError(f"{p} was trained on {c.engine} {c.engine_params} BPPs, {paths[0]} on {cfgs[0].engine} {cfgs[0].engine_params}: predict with them "
                              f"separately")
         if flip and not c.flip:
-            own = SHIPPED.parent == p.parent
-            raise ValueError(f"{f'{p.name} of ribo_nb' if own else p} was trained without flips and cannot read an RNA from "
+            raise ValueError(f"{_named(p)} was trained without flips and cannot read an RNA from "
                              f"its other end: leave --flip away, or give --ckpt with runs that were trained with flip=true")
     device,dtype = resolve(replace(cfgs[0], device=device, precision=precision))
     return Ensemble(members, cfgs, paths, weights, flip, dtype, calibration, raw, _seen_by(members, ensemble)).to(device).eval()
@@ -580,10 +587,11 @@ def rna_figures(
         yield 'structure',plot_structure(s, row['structure_guided'], pred[:,0], f"{name}: minimum free energy with the predicted 2A3 as evidence{warning}").figure
 
 # %% ../nbs/05_infer.ipynb #39c53d72
-def set_figures(table, measured):
+def set_figures(table, measured, total=0): # of how many RNAs these are the first
     "Name and figure of what there is to see about many RNAs"
     preds = [_arrays(r, 'reactivity') for r in table.to_dict('records')]
-    if len(table) > 1: yield 'heatmap',plot_heatmap([preds[i] for i in by_similarity(table.sequence)], f'predicted reactivity of {len(table)} sequences, alike beside alike')
+    number = f'the first {len(table):,} of {total:,}' if total > len(table) else len(table)
+    if len(table) > 1: yield 'heatmap',plot_heatmap([preds[i] for i in by_similarity(table.sequence)], f'predicted reactivity of {number} sequences, alike beside alike')
     if known := [k for k,s in enumerate(table.sequence) if s in measured]:
         reacts = [measured[table.sequence[k]] for k in known]
         yield 'predicted',plot_pred([preds[k] for k in known], reacts, f'{len(known)} of {len(table)} RNAs have been measured')
@@ -602,9 +610,9 @@ def mutate_and_map(model, sequence, title='')->plt.Figure:
     t = predict(model, mutants(decode(encode(sequence))))
     return plot_mutate_map(t.sequence[0], [_arrays(r, 'reactivity') for r in t.to_dict('records')], title or 'predicted mutate-and-map')
 
-def all_figures(table, bpp, measured, model=None, most=20):
+def all_figures(table, bpp, measured, model=None, most=20, total=0):
     "(name, title, figure) of the first RNAs one by one and of all together; with a model, a mutate-and-map of the first"
-    for name,fig in set_figures(table.head(1000), measured): yield name,dict(heatmap='All', predicted='Predicted against measured', errors='Where it is wrong')[name],fig
+    for name,fig in set_figures(table.head(1000), measured, total): yield name,dict(heatmap='All', predicted='Predicted against measured', errors='Where it is wrong')[name],fig
     bpp.fill(table.sequence.head(most), quiet=True)
     for k,row in enumerate(table.head(most).to_dict('records'), 1):
         stem = f"{k:02d}_{re.sub('[^A-Za-z0-9_.-]', '_', str(row['name']))[:60]}"
@@ -728,12 +736,14 @@ def draw_file(model, seqs, out, bpps, figures, report, structures, measured, mut
     bpp = BppStore(bpps, folding(model.cfgs[0]))
     table = first_rows(model, seqs, out, bpp, structures, max(300, most))
     known = measured_profiles(measured, table.sequence) if measured else {}
-    drawn,text,share = all_figures(table, bpp, known, model if mutate else None, most),'',drawn_share(len(seqs), len(table), most)
+    drawn = all_figures(table, bpp, known, model if mutate else None, most, len(seqs))
+    text,share = '',drawn_share(len(seqs), len(table), most)
     if figures:
         drawn = write_figures(drawn, figures)
         text = f'; {len(drawn)} figures in {figures}'
     if report:
-        write_report(report, f'Predicted reactivity: {seqs.path.name}', itertools.chain(report_parts(model, seqs, table, share), ((title, what) for _,title,what in drawn)))
+        parts = itertools.chain(report_parts(model, seqs, table, share), ((title, what) for _,title,what in drawn))
+        write_report(report, f'Predicted reactivity: {seqs.path.name}', parts)
         text += f'; report {report}'
     return text + (f' ({share})' if share else '')
 
@@ -746,8 +756,8 @@ def drawn_share(total:int, table:int, most:int)->str: # '' when all are drawn
 
 def report_parts(model, seqs, table, share)->list: # (heading, what), for `write_report`
     "What a report says before its figures"
-    names = [f'{p.name} of ribo_nb {ribo_nb.__version__}' if p.parent == SHIPPED.parent else shown(p) for p in model.paths]
-    parts = [('', f'{len(seqs):,} sequences of {seqs.path.name}; models: {", ".join(names)}; predicted, not measured.')]
+    names = ', '.join(map(_named, model.paths))
+    parts = [('', f'{len(seqs):,} sequences of {seqs.path.name}; models: {names}; predicted, not measured.')]
     if share: parts.append(('', f'{share[0].upper()}{share[1:]}.'))
     if model.seen and (line := outside_line(seqs, model.seen)): parts.append(('', f'Warning: {line}.'))
     brief = dict(name=table.name, nt=table.sequence.map(len))
