@@ -187,7 +187,7 @@ def plot_band(
         ax.step(x, np.asarray(pred)[:,m], where='mid', color=COLORS[mod], lw=1.3, label='predicted')
         ax.set(ylabel=f'{mod} reactivity', ylim=(-.05, 1.3), yticks=(0, .5, 1), xlim=(.3, n+.7)); ax.tick_params(axis='x', length=0); sns.despine(ax=ax)
     axs[0].set_title(wrapped(title, fig.get_figwidth()), fontsize=10)
-    axs[0].legend(frameon=False, fontsize=8, ncols=4, loc='upper right')
+    axs[0].legend(framealpha=.8, edgecolor='none', fontsize=8, ncols=4, loc='upper right')
     text = [f'{c}\n{d}' for c,d in zip(sequence, structure, strict=True)] if structure else list(sequence)
     if n <= 250: axs[1].set_xticks(x, text, fontsize=6 if n > 60 else 9, family='monospace')
     return fig

@@ -195,7 +195,7 @@ def test_an_ensemble_has_seen_what_any_member_has(tmp_path):
 
 def test_structure_has_its_title_and_numbers_clear_of_nucleotides():
     rng = np.random.default_rng(5)
-    rnas = ['A', 'GGGAAACCC', TRNA, INSIDE, ''.join(rng.choice(list('ACGU'), 400))]
+    rnas = ['A', 'GGGAAACCC', TRNA, INSIDE, ''.join(rng.choice(list('ACGU'), 250))]
     title = 'a name as long as those of databases are: minimum free energy with the predicted 2A3 as evidence'
     for s in rnas:
         structure = dot_bracket(s)
