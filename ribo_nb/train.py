@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
            'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args',
-           'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
-           'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device',
-           'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits',
-           'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed',
-           'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable',
-           'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding',
-           'check_trainable', 'alone', 'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors',
-           'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch',
-           'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow', 'launch']
+           'Cfg', 'default', 'unread', 'check_read', 'only_read', 'make_cfg', 'build', 'compile_blocks', 'n_parameters',
+           'summary', 'absolute_errors', 'official_mae', 'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight',
+           'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by',
+           'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like',
+           'Average', 'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress',
+           'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log',
+           'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone', 'train_run', 'record', 'measure',
+           'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap',
+           'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow',
+           'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
@@ -137,9 +138,7 @@ class Cfg:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if self.shard and self.precision == 'fp16': raise ValueError("Cfg.shard needs precision bf16 or fp32, not fp16")
-        for name in _switches - set(model_args(self)):
-            if getattr(self, name) != Cfg.__dataclass_fields__[name].default:
-                raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, but {self.model} has no such switch")
+        check_read(self, _switches)
 
 # %% ../nbs/04_train.ipynb #6413bc3a
 _unlike = {'save_minutes','time_budget','tracker','graph'}  # two starts of one run may differ in these
@@ -148,6 +147,43 @@ _ranges = dict(d_model=(1, 4096), n_layer=(1, 200), n_head=(1, 256), kernel_size
                n_epoch=(1, 10**6), batch_size=(1, 10**6), accumulate=(1, 10**6), ema=(0, 1-1e-9), sgd_epochs=(0, 10**6), sgd_lr=(0, 10), time_budget=(0, 1e5), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4), score_every=(1, 10**6))
 _choices = dict(model=tuple(models), **choices | dict(bpp=(*choices['bpp'], 'product')), engine=tuple(engines), weight=('none','SN_filter','log1p','clip'), schedule=('cosine','onecycle'), tracker=('none','tensorboard','neptune'),
                 precision=('auto','fp32','bf16','fp16'), device=('auto','cpu','cuda'))
+
+# %% ../nbs/04_train.ipynb #5d0c7e1a
+def default(name): # of a field of Cfg
+    return Cfg.__dataclass_fields__[name].default
+
+def unread(
+    cfg:Cfg,
+)->dict: # field → why
+    "The fields that nothing reads in a run of this configuration"
+    known = model_args(cfg)
+    of_models = {name for model in models.values() for name in inspect.signature(model).parameters}
+    others = of_models & Cfg.__dataclass_fields__.keys() - known.keys()
+    why = {name: f'{cfg.model} does not read it' for name in others}
+    if 'pair_track' in known and not cfg.pair_track:
+        why['d_pair'] = f'{cfg.model} reads it only with pair_track=true'
+    if not cfg.sgd_epochs:
+        why['sgd_lr'] = 'it is read only with sgd_epochs'
+    if cfg.accumulate > 1:
+        why['graph'] = f'only whole batches are recorded, and here accumulate is {cfg.accumulate}'
+    return why
+
+def check_read(
+    cfg:Cfg,
+    given, # names of the fields to look at
+):
+    "Raise ValueError, with what the model does read, when a field is not at its default and nothing reads it"
+    why = unread(cfg)
+    for name in (f.name for f in fields(Cfg)):
+        if name in given and name in why and getattr(cfg, name) != default(name):
+            known = ', '.join(k for k in Cfg.__dataclass_fields__ if k in model_args(cfg) and k not in why)
+            raise ValueError(f"Cfg.{name} is {getattr(cfg, name)!r}, but {why[name]}: leave it at {default(name)!r}. The "
+                             f"model {cfg.model} reads {known}")
+
+def only_read(cfg:Cfg)->Cfg:
+    "The same configuration with everything that nothing reads at its default"
+    return replace(cfg, **{name: default(name) for name in unread(cfg)})
+
 
 # %% ../nbs/04_train.ipynb #76cbb981
 cfg_0 = Cfg()  # the Squeezeformer, full data
@@ -177,7 +213,9 @@ def make_cfg(
         raise ValueError(f"overrides {overrides!r} are not a JSON object: write for example '{{\"lr\": 1e-3}}'")
     if unknown := sorted(set(o) - set(Cfg.__dataclass_fields__)):
         raise ValueError(f"Cfg has no field {', '.join(unknown)}, its fields are: {', '.join(Cfg.__dataclass_fields__)}")
-    return replace(named, **o)
+    cfg = replace(named, **o)
+    check_read(cfg, o)
+    return only_read(cfg)  # kernel_size comes from cfg_demo also where another model was chosen
 
 # %% ../nbs/04_train.ipynb #d6f700aa
 def build(
@@ -669,7 +707,7 @@ def _load_last(trainer):
     if not ck:
         if not rank: log.write_text('')
         return opt,avg,pos
-    check_same(out, asdict(ck['cfg']), asdict(cfg), _unlike)
+    check_same(out, asdict(ck['cfg']), asdict(cfg), _unlike | unread(cfg).keys())
     with fits(out/'last.pt'):
         _set_states(cfg, model, opt, avg, ck)
         if ck['scaler']: trainer.scaler.load_state_dict(ck['scaler'])  # empty after bf16 or fp32
@@ -956,6 +994,7 @@ def train_run(
     brief:bool=False, # leave out the lookups and the figures, when there are many short runs?
 )->dict: # the metrics, also in metrics.json; empty in other processes than the first
     "One run from beginning to end, or from where it stopped to the end"
+    check_read(cfg, asdict(cfg))
     deadline = time.monotonic() + .95*3600*cfg.time_budget if cfg.time_budget else math.inf
     out,first = Path(out or datamount()/'runs'/'run'),not world()[0]
     store,eng = Store(sample_store() if str(data) == 'simulated' else data),folding(cfg)
@@ -1009,7 +1048,7 @@ def record(cfg, store, out):
             raise ValueError(f"{out/'cfg.json'}: is not JSON ({e}): put the right one back, or choose another run "
                              f"folder") from e
         for k in new:
-            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike)
+            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike | unread(cfg).keys())
     length,epochs = store.rows.sequence.str.len().to_numpy()[training_rows(store, cfg)],cfg.n_epoch + cfg.sgd_epochs
     status = dict(pid=os.getpid(), host=socket.gethostname(), processes=world()[1], sequences=len(length)*epochs,
                   steps=epochs*len(epoch_batches(length, cfg.tokens, cfg.seed)))

@@ -639,6 +639,80 @@ def test_pair_track_is_read():
     assert (model(batch) - before).abs().max() > 1e-5
 
 
+# ---------------------------------------------------------------- what nothing reads is refused
+
+OTHER = dict(d_model=8, n_layer=1, n_head=1, kernel_size=3, d_state=5, d_pair=6, dropout=.5, norm='post', head='sigmoid',
+             position='none', pair_track=True, gru=True, is_good=True, quirks=True)
+
+
+def differs(cfg, other):
+    "Do two configurations build networks that differ, in their parameters or in what they predict in training?"
+    a, b = build(cfg).train(), build(other).train()
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (a, b)]
+    if shapes[0] != shapes[1]:
+        return True
+    torch.manual_seed(0)
+    first = a(toy_batch((9,)))
+    torch.manual_seed(0)
+    return not torch.equal(first, b(toy_batch((9,))))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_what_a_model_does_not_read_is_refused(name):
+    "A field is refused exactly where it changes nothing; the message names those that are read"
+    cfg = model_cfg(name, dropout=0.)
+    others = OTHER | dict(bpp='product' if name == 'seed32' else 'mix')
+    for field, value in others.items():
+        if value == getattr(cfg, field):
+            continue
+        try:
+            made = model_cfg(name, **dict(dropout=0.) | {field: value})
+        except ValueError as e:
+            assert f'Cfg.{field} is {value!r}' in str(e) and f'{cfg.model} reads d_model, n_layer, n_head' in str(e)
+            read = set(str(e).rpartition(' reads ')[2].split(', '))
+            assert field not in read and ('kernel_size' in read) == (cfg.model != 'mamba')
+            if field not in train._switches:  # the constructor takes it, and it changes nothing
+                assert not differs(cfg, dataclasses.replace(cfg, **{field: value}))
+        else:
+            assert differs(cfg, made), field
+
+
+def test_moot_fields_of_training_are_refused():
+    for name, more, text in (('cfg_0', dict(sgd_lr=.1), 'only with sgd_epochs'),
+                             ('cfg_seed32', dict(graph=True), 'accumulate is 8'),
+                             ('cfg_mamba', dict(d_pair=8), 'only with pair_track'),
+                             ('cfg_demo', dict(model='mamba', kernel_size=9), 'mamba does not read it')):
+        with pytest.raises(ValueError, match=text):
+            make_cfg(name, more)
+    assert make_cfg('cfg_0', dict(sgd_lr=.1, sgd_epochs=1)).sgd_lr == .1
+    assert make_cfg('cfg_0', dict(d_state=32)) == make_cfg('cfg_0')  # its default changes nothing
+    assert make_cfg('cfg_demo', dict(model='mamba')).kernel_size == Cfg().kernel_size
+
+
+def test_a_run_that_would_claim_what_it_never_did_does_not_begin(data, tmp_path):
+    with pytest.raises(ValueError, match='mamba does not read it'):
+        train_run(dataclasses.replace(train.cfg_mamba, kernel_size=9), data/'store.parquet', tmp_path/'run', data/'bpp')
+    assert not (tmp_path/'run').exists()
+
+
+def test_named_configurations_and_the_plan_of_the_battle_hold_nothing_unread():
+    from ribo_nb.battle import plan
+    for cfg in [*train.cfgs.values(), *(job.cfg for job in plan())]:
+        train.check_read(cfg, FIELDS)
+
+
+def test_a_run_of_before_goes_on(data, tmp_path, monkeypatch):
+    "Its folder may hold what is refused today: cfg.json and checkpoints load, and the same run is found done"
+    cfg = make_cfg('cfg_demo', TINY | dict(n_epoch=1))
+    with monkeypatch.context() as m:
+        m.setattr(train, 'check_read', lambda cfg, given: None)
+        old = train_run(dataclasses.replace(cfg, d_pair=16), data/'store.parquet', tmp_path, data/'bpp', brief=True)
+    assert load_model(tmp_path/'best.pt')[1].d_pair == 16
+    for again in (cfg, make_cfg(tmp_path/'cfg.json')):
+        assert again.d_pair == Cfg().d_pair
+        assert train_run(again, data/'store.parquet', tmp_path, data/'bpp', brief=True)['scores'] == old['scores']
+
+
 # ---------------------------------------------------------------- nothing is left out
 
 FIELDS = {f.name for f in dataclasses.fields(Cfg)}
