@@ -20,7 +20,7 @@ __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_s
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
 import click,numpy as np,pandas as pd,ribo_nb,torch
 import matplotlib.pyplot as plt,seaborn as sns
-from contextlib import contextmanager,nullcontext
+from contextlib import contextmanager,nullcontext,suppress
 from datetime import datetime,timezone
 from dataclasses import asdict,dataclass,field,fields,replace
 from filelock import FileLock,Timeout
@@ -731,12 +731,19 @@ class Stopped(KeyboardInterrupt):
     "A run was asked to stop, and everything is saved"
 
 @contextmanager
-def stoppable():
+def stoppable(
+    got=None, # the list of one that is in force already: what that one has heard counts
+):
     "Yields a list that holds a signal's name once SIGTERM or SIGINT arrived; outside the main thread it stays empty"
-    got,old = [],{}
+    got,old = [] if got is None else got,{}
+    def hear(number, _):
+        got.append(signal.Signals(number).name)
+        if len(got) > 1: return
+        with suppress(RuntimeError):  # it may have come in the middle of another message
+            click.echo(f'{got[0]}: stops as soon as what is under way is done and saved', err=True)
     try:
         for s in (signal.SIGTERM, signal.SIGINT):
-            old[s] = signal.signal(s, lambda n,_: got.append(signal.Signals(n).name))
+            old[s] = signal.signal(s, hear)
     except ValueError: pass  # not the main thread: signals are somebody else's
     try: yield got
     finally:
@@ -865,19 +872,33 @@ class Trainer:
         raise ValueError(f"{self.out}: {PATIENCE} steps in a row gave a loss or gradient that is not finite. `ribo_train --diagnose {path}` names "
                          f"the part of the model where it begins; a lower lr, or precision fp32, may help")
 
-    def run(self)->bool: # was it finished? else time was up
+    def asked(self, stop)->bool: # to stop, with something to save: FSDP has no optimizer's state before a first step
+        return self.agree(stop)[0] and not (self.cfg.shard and not self.pos.step)
+
+    def save_and_stop(self, stop):
+        "Save, and end the run with a message that says what is kept"
+        self.save()
+        pos,last = self.pos,self.out/'last.pt'
+        where = f'at step {pos.step} of {self.epochs*self.per_epoch}' if pos.step else 'before the first step, with the first weights'
+        raise Stopped(f"{stop[0] if stop else 'another process'}: stopped {where}, saved to {last}; start the same run again to go on")
+
+    def run(self,
+        stop=None, # list of a `stoppable` that is in force already
+    )->bool: # was it finished? else time was up
         "Train, or go on training"
         pos,total,late = self.pos,self.epochs*self.per_epoch,False
-        with stoppable() as stop, progress(desc=self.out.name, total=total, initial=pos.step, unit='step') as bar:
+        with stoppable(stop) as stop, progress(desc=self.out.name, total=total, initial=pos.step, unit='step') as bar:
             while pos.epoch < self.epochs and not late:
+                if self.asked(stop): self.save_and_stop(stop)  # while RNAs were folded, or the held-out fold was scored
                 for batch in self.load(pos.epoch):
+                    if world()[1] == 1 and self.asked(stop): self.save_and_stop(stop)  # while the batch was made
                     norm = self.step(batch)
                     bar.update()
                     if pos.step % self.log_every == 0:
                         self.log(line := pos.line(self.opt.param_groups[0]['lr'], norm)); bar.set_postfix(loss=line['loss'], refresh=False)
                     stopped,due,late = self.agree(stop)
-                    if stopped or due or late: self.save()
-                    if stopped: raise Stopped(f"{stop[0] if stop else 'another process'}: stopped at step {pos.step}, saved to {self.out/'last.pt'}; start the same run again to go on")
+                    if stopped: self.save_and_stop(stop)
+                    if due or late: self.save()
                     if late: break
                 else: self.end_epoch()
         self.save_best()
@@ -1002,10 +1023,11 @@ def train_run(
     check_trainable(store, cfg)
     with alone(out) if first else nullcontext():
         if first: record(cfg, store, out)
-        bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng)),_fresh(cfg)
         with tracking(cfg, out) as sink:
-            trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
-            finished = trainer.run()
+            with stoppable() as stop:
+                bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng), stop),_fresh(cfg)
+                trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
+                finished = trainer.run(stop)
             metrics = measure(trainer, brief) | dict(finished=finished)
             if not first: return {}
             with atomic(out/'metrics.json') as p: p.write_text(json.dumps(metrics, indent=1))
@@ -1014,9 +1036,13 @@ def train_run(
     return metrics
 
 # %% ../nbs/04_train.ipynb #a901a081
-def _folded(store, bpp):
-    "The BPPs of all rows, folded by one process where they are missing"
-    if not world()[0]: bpp.fill(store.rows.sequence)
+def _folded(store, bpp, stop=()):
+    "The BPPs of all rows, folded by one process where they are missing; fewer when somebody asks to `stop`"
+    def look():
+        if stop: raise Stopped
+    if not world()[0]:
+        try: bpp.fill(store.rows.sequence, tick=look)
+        except Stopped: click.echo(f"{stop[0]}: folding has stopped; the base-pair probabilities of {len(bpp)} RNAs are kept", err=True)
     if dist.is_initialized(): dist.barrier()
     bpp.files.refresh()
     return bpp

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import signal
 import types
 
 import numpy as np
@@ -22,7 +24,8 @@ from ribo_nb import train
 from ribo_nb.bpp import BppStore, engine
 from ribo_nb.data import MODS, Store, sequence_id, wide_columns, write_store
 from ribo_nb.squeezeformer import toy_batch
-from ribo_nb.train import Cfg, build, load_checkpoint, load_model, make_cfg, official_mae, predict_rows, train_run
+from ribo_nb.train import COSTS, STOPPED, Cfg, Stopped, build, load_checkpoint, load_model, make_cfg, official_mae
+from ribo_nb.train import predict_rows, train_run
 
 TINY = dict(d_model=16, n_layer=1, n_head=2, n_epoch=2, batch_size=1, device='cpu', precision='fp32', clip_grad=1e9)
 # switches that go with the old house; 'product' of `bpp` is among them
@@ -45,7 +48,7 @@ def data(tmp_path_factory):
     sequences = [''.join(rng.choice(list('ACGU'), 20 + k % 9)) for k in range(24)]
     for k, s in enumerate(sequences + sequences[:4]):
         for mod in MODS:
-            sn = rng.uniform(.1, 14)
+            sn = rng.choice([.4, 2, 5, 14])
             rows.append(dict(sequence_id=sequence_id(s), sequence=s, experiment_type=f'{mod}_MaP',
                              dataset_name=f'set{k // 24}_{mod}', reads=500, signal_to_noise=sn, SN_filter=sn > 1))
             react = np.full((2, 28), np.nan)
@@ -492,6 +495,63 @@ def test_the_tracker_gets_every_line(tmp_path):
             for k in (1, 2, 3):
                 put(k)
         assert seen == want
+
+
+# ---------------------------------------------------------------- asked to stop before there is a checkpoint
+
+def signal_once(number, function):
+    "`function`, which is interrupted the first time it is called"
+    todo = [number]
+
+    def interrupted(*args, **kw):
+        if todo:
+            os.kill(os.getpid(), todo.pop())
+        return function(*args, **kw)
+
+    return interrupted
+
+
+# when the signal comes, where that is, the step at which the run is saved; a step may take as long as it likes
+MOMENTS = [('while RNAs are folded', BppStore, 'fill', 0), ('while the first batch is made', train, 'training_batch', 0),
+           ('in the first step', train, 'masked_mae', 1), ('while the fold is scored', train, 'predict_rows', 4)]
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('moment,where,name,step', MOMENTS, ids=[m[0] for m in MOMENTS])
+def test_asked_to_stop_before_the_first_checkpoint(data, trained, tmp_path, monkeypatch, capsys, moment, where, name, step, number):
+    "Saved at the first opportunity; the same call goes on and ends as if nothing had happened"
+    cfg, args = make_cfg('cfg_demo', TINY), (data/'store.parquet', tmp_path, data/'bpp')
+    with monkeypatch.context() as m:
+        m.setattr(where, name, signal_once(number, getattr(where, name)))
+        with pytest.raises(Stopped, match=f'{number.name}: stopped .*last.pt; start the same run again') as stopped:
+            train_run(cfg, *args, brief=True)
+    assert load_checkpoint(tmp_path/'last.pt')['pos']['step'] == step
+    assert (f'at step {step} of 8' if step else 'before the first step, with the first weights') in str(stopped.value)
+    heard = capsys.readouterr().err
+    assert f'{number.name}: stops as soon as what is under way is done and saved' in heard
+    metrics, whole = train_run(cfg, *args, brief=True), trained()
+    assert metrics['scores'] == whole.metrics['scores']
+    assert same(load_checkpoint(tmp_path/'best.pt')['model'], whole.best['model'], 0)
+    log = [json.loads(line) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
+    timeless = [[{k: v for k, v in line.items() if k not in COSTS} for line in lines] for lines in (log, whole.log)]
+    assert timeless[0] == timeless[1]
+
+
+def test_stopped_while_folding_keeps_what_was_folded(data, tmp_path, monkeypatch):
+    "By the command, whose exit code says that the same one goes on"
+    monkeypatch.setattr(train, 'draw_run', lambda trainer, metrics: None)
+    look, args = [], ('ribo_train', 'cfg_demo', '--data', data/'store.parquet', '--bpp', tmp_path/'bpp', '--run', tmp_path/'run',
+                      '--overrides', json.dumps(TINY | dict(n_epoch=1)))
+    keep = BppStore.keep
+    with monkeypatch.context() as m:
+        fill = BppStore.fill
+        m.setattr(BppStore, 'fill', lambda self, seqs, tick: fill(
+            self, seqs, n_jobs=1, tick=lambda: (look.append(1) or os.kill(os.getpid(), signal.SIGINT), tick())))
+        r = invoke(*args)
+    assert r.exit_code == STOPPED and 'folding has stopped' in r.output and 'before the first step' in r.output
+    assert look == [1] and 0 < len(BppStore(tmp_path/'bpp')) < 24 and BppStore.keep is keep
+    assert load_checkpoint(tmp_path/'run'/'last.pt')['pos']['step'] == 0
+    assert invoke(*args).exit_code == 0 and len(BppStore(tmp_path/'bpp')) == 24
 
 
 # ---------------------------------------------------------------- the networks
