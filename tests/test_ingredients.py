@@ -540,16 +540,23 @@ def test_asked_to_stop_before_the_first_checkpoint(data, trained, tmp_path, monk
 def test_stopped_while_folding_keeps_what_was_folded(data, tmp_path, monkeypatch):
     "By the command, whose exit code says that the same one goes on"
     monkeypatch.setattr(train, 'draw_run', lambda trainer, metrics: None)
-    look, args = [], ('ribo_train', 'cfg_demo', '--data', data/'store.parquet', '--bpp', tmp_path/'bpp', '--run', tmp_path/'run',
-                      '--overrides', json.dumps(TINY | dict(n_epoch=1)))
-    keep = BppStore.keep
+    looks, args = [], ('ribo_train', 'cfg_demo', '--data', data/'store.parquet', '--bpp', tmp_path/'bpp', '--run', tmp_path/'run',
+                       '--overrides', json.dumps(TINY | dict(n_epoch=1)))
+    fill = BppStore.fill
+
+    def interrupted(self, sequences, tick):
+        def look():
+            looks.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            tick()
+        return fill(self, sequences, n_jobs=1, tick=look)
+
     with monkeypatch.context() as m:
-        fill = BppStore.fill
-        m.setattr(BppStore, 'fill', lambda self, seqs, tick: fill(
-            self, seqs, n_jobs=1, tick=lambda: (look.append(1) or os.kill(os.getpid(), signal.SIGINT), tick())))
+        m.setattr(BppStore, 'fill', interrupted)
+        m.setattr(type(engine('native')), 'seconds', staticmethod(lambda length: 99.))  # so that they come back one by one
         r = invoke(*args)
     assert r.exit_code == STOPPED and 'folding has stopped' in r.output and 'before the first step' in r.output
-    assert look == [1] and 0 < len(BppStore(tmp_path/'bpp')) < 24 and BppStore.keep is keep
+    assert looks == [1] and 0 < len(BppStore(tmp_path/'bpp')) < 24
     assert load_checkpoint(tmp_path/'run'/'last.pt')['pos']['step'] == 0
     assert invoke(*args).exit_code == 0 and len(BppStore(tmp_path/'bpp')) == 24
 
