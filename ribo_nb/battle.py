@@ -222,7 +222,7 @@ def on_cpu()->list:
     "What two cores do in an afternoon, with networks of 4 × 64"
     small = replace(cfgs['cfg_0'], **FAST | TINY, n_epoch=4, lr=3e-3)
     out = repeat('ablation', {'all as in cfg_0': small} | {k: replace(small, **v) for k,v in SWITCHES.items()}, 'library')
-    out += repeat('scaled', {k: replace(c, **TINY, lr=2e-3, accumulate=1, flip=False, d_pair=16) for k,c in contenders(2).items()}, 'library')
+    out += repeat('scaled', {k: only_read(replace(c, **TINY, lr=2e-3, accumulate=1, flip=False, d_pair=16)) for k,c in contenders(2).items()}, 'library')
     for d,name in enumerate(('train short, test long','train long, test short')):
         out += repeat(name, {p: replace(small, fold=d, n_epoch=1, position=p, flip=False, head='sigmoid') for p in choices['position']}, 'length')
     for d,name in enumerate(SWAPS):  # as many presentations as the networks of 7 × 192 had

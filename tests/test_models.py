@@ -46,7 +46,7 @@ def test_compiled_equals_eager_and_does_not_compile_for_each_length(name):
     for lengths in ((61, 40), (75, 33), (120, 90), (150, 149), (206, 177)):
         same(gradients(eager, toy_batch(lengths)), gradients(fast, toy_batch(lengths)))
         seen.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
-    assert seen[2] == seen[-1]
+    assert 0 < seen[2] == seen[-1]
 
 @pytest.mark.parametrize('name,more', [('cfg_0', {}), ('cfg_mamba', {}), ('cfg_seed32', {}), ('cfg_ribonanzanet', dict(n_layer=2)),
                                        ('cfg_mamba', dict(n_layer=2, pair_track=True))])
