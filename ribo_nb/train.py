@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
-           'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args',
-           'Cfg', 'default', 'unread', 'check_read', 'only_read', 'make_cfg', 'build', 'compile_blocks', 'n_parameters',
-           'summary', 'absolute_errors', 'official_mae', 'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight',
-           'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by',
-           'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like',
-           'Average', 'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress',
-           'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log',
-           'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone', 'train_run', 'record', 'measure',
-           'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap',
-           'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow',
-           'launch']
+           'OFFICIAL', 'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected',
+           'model_args', 'Cfg', 'default', 'unread', 'check_read', 'only_read', 'make_cfg', 'build', 'compile_blocks',
+           'n_parameters', 'summary', 'absolute_errors', 'official_mae', 'thin', 'fit_baselines', 'look_up',
+           'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows',
+           'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'first_weights',
+           'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed', 'parallel', 'parts_of',
+           'backward', 'Replay', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable', 'out_of_memory',
+           'training_rows', 'triplets', 'seen_in', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store',
+           'folding', 'check_trainable', 'alone', 'train_run', 'record', 'measure', 'plot_log', 'plot_scores',
+           'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs',
+           'watch', 'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
@@ -94,7 +94,7 @@ class Cfg:
     checkpoint:bool=False # keep less for the backward pass, compute it again?
     compile:bool=False # torch.compile; needs a C++ compiler, or a GPU with triton
     graph:bool=False # on one GPU: record a step once for each shape of batch, then replay it
-    start:str='' # checkpoint whose weights the run begins with; '': random ones
+    start:str='' # checkpoint, or the official RibonanzaNet.pt, whose weights the run begins with; '': random ones
     fold:int=0 # held out for validation; -1: train on everything
     engine:str='native' # of the base-pair probabilities
     engine_params:str='' # first 8 digits of the SHA-256 of its parameter file; '' takes what is found, and a run records it
@@ -475,11 +475,30 @@ def load_model(
     path,
     raw:bool=False, # the last weights instead of their running average, where a run kept both
 )->tuple: # model with its weights, Cfg
-    "The model of a checkpoint, from its own configuration"
+    "The model of a checkpoint, from its own configuration; or the official RibonanzaNet"
+    if is_official(path): return _official_model(path),OFFICIAL
     ck = load_checkpoint(path)
     model = build(ck['cfg'])
     with fits(path): model.load_state_dict(ck['raw'] if raw and 'raw' in ck else ck['model'])
+    model.seen = ck.get('seen')  # what it has learnt from, where its run has written that down
     return model,ck['cfg']
+
+# %% ../nbs/04_train.ipynb #5d0c7e12
+OFFICIAL = replace(cfg_ribonanzanet, fold=-1)  # of the official RibonanzaNet.pt
+
+def _official_model(path):
+    model = load_official(path)
+    # Ribonanza's training set: 115 to 206 nt, whose first 26 and last 20 nt are blank
+    model.seen = dict(shortest=115, longest=206, start=26, end=20, triplets=0.)
+    return model
+
+def first_weights(cfg:Cfg)->dict: # name of a parameter → tensor
+    "The weights of `cfg.start`: a checkpoint of ours, or the official RibonanzaNet.pt"
+    if not is_official(cfg.start): return load_checkpoint(cfg.start)['model']
+    if cfg.model != 'ribonanzanet':
+        raise ValueError(f"Cfg.start is {cfg.start}, the official weights of a RibonanzaNet, and the model is "
+                         f"{cfg.model}: start cfg_ribonanzanet with them")
+    return load_official(cfg.start, cfg.quirks).state_dict()
 
 # %% ../nbs/04_train.ipynb #d557ad8c
 def lr_at(
@@ -759,6 +778,30 @@ def training_rows(store, cfg, epoch=0)->np.ndarray: # row numbers; in each epoch
     rows = np.random.default_rng([cfg.seed, epoch, 2]).permutation(rows)
     return rows[np.unique(pd.factorize(store.rows.sequence)[0][rows], return_index=True)[1]]
 
+# %% ../nbs/04_train.ipynb #3b6f90a2
+def triplets(sequence:str)->float: # 1: as many as fit in, near 0: a repeat
+    "Share of different words of three nucleotides in a sequence"
+    n = len(sequence) - 2
+    words = {sequence[i:i+3] for i in range(n)}
+    return len(words)/min(n, 64) if n > 0 else 1.
+
+def seen_in(
+    store:Store,
+    rows:np.ndarray, # row numbers
+    most:int=10_000, # rows whose profiles are looked at
+)->dict: # shortest, longest, start, end (nt), triplets
+    "What somebody who learns from these rows has seen: lengths, blank ends, the most repetitive sequence"
+    length = store.rows.sequence.iloc[rows].str.len()
+    some = rows[::len(rows)//most + 1]
+    start,end = int(length.max()),int(length.max())
+    for i in some:
+        known = np.flatnonzero(~np.isnan(store[i][0]).all(1))
+        if not len(known): continue
+        start = min(start, int(known[0]))
+        end = min(end, int(store.start[i+1] - store.start[i] - 1 - known[-1]))
+    least = min(triplets(s) for s in store.rows.sequence.iloc[some])
+    return dict(shortest=int(length.min()), longest=int(length.max()), start=start, end=end, triplets=least)
+
 # %% ../nbs/04_train.ipynb #3af7cec8
 class Trainer:
     "A run while it trains; leaves log.jsonl, last.pt, prev.pt and at the end best.pt in `out`"
@@ -908,7 +951,7 @@ class Trainer:
         "Weights for prediction; with a running average, that is what predicts, and the raw ones are kept beside it"
         now = _states(self.cfg, self.model, self.opt, self.avg)
         weights = dict(model=now['average']['weights'], raw=now['model']) if self.avg else dict(model=now['model'])
-        if not world()[0]: save(self.out/'best.pt', self.cfg, **weights)
+        if not world()[0]: save(self.out/'best.pt', self.cfg, **weights, seen=seen_in(self.store, self.rows))
 
 # %% ../nbs/04_train.ipynb #c512671e
 def train(cfg, model, store, bpp, out, **how)->list: # the log; arguments as `Trainer`
@@ -972,6 +1015,7 @@ def folding(cfg:Cfg)->Engine:
 def check_trainable(store:Store, cfg:Cfg):
     "Raise ValueError, before anything is written, when there is nothing to learn from or nothing to score"
     rows,valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
+    if cfg.start: first_weights(cfg)  # a wrong file is found before anything is folded
     t = store.rows.iloc[rows]
     sn,good = (torch.tensor(t[[f'{c}_{m}' for m in MODS]].to_numpy(d)) for c,
                d in (('signal_to_noise', np.float32), ('SN_filter', bool)))
@@ -1051,7 +1095,8 @@ def _fresh(cfg):
     "A model with its first weights, where it will be trained"
     model = build(cfg)
     if cfg.start:
-        with fits(cfg.start): model.load_state_dict(load_checkpoint(cfg.start)['model'])
+        weights = first_weights(cfg)
+        with fits(cfg.start): model.load_state_dict(weights)
     model.to(resolve(cfg)[0])
     torch.manual_seed(cfg.seed + world()[0])  # each process drops something else
     if cfg.compile: compile_blocks(model)
