@@ -10,10 +10,11 @@ __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_s
            'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits',
            'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed',
            'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable',
-           'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding',
-           'check_trainable', 'alone', 'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors',
-           'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch',
-           'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow', 'launch']
+           'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'nearby',
+           'stores_here', 'choose_data', 'data_name', 'run_folder', 'folding', 'check_trainable', 'alone', 'train_run',
+           'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking',
+           'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'report',
+           'trains', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
@@ -900,6 +901,64 @@ def _code_version():
     try: return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '-uno')) or None
     except OSError: return None
 
+# %% ../nbs/04_train.ipynb #5b0c7a11
+import re
+import pyarrow as pa,pyarrow.parquet as pq
+
+# %% ../nbs/04_train.ipynb #7a2b3c04
+def nearby(path)->str: # for messages
+    "A path as seen from the working directory, where it lies inside"
+    path,here = Path(path).absolute(),Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+def stores_here()->list: # paths
+    "The stores in datamount/parquet, without samples of simulated profiles"
+    plain,pseudo = [],[]
+    for path in sorted((datamount()/'parquet').glob('*')):
+        if not is_parquet(path) or not path.is_file() or path.name.startswith('simulated-'): continue
+        try: schema = pq.read_schema(path)
+        except (pa.ArrowException, OSError): continue
+        if not {'sequence','cluster','fold'} <= set(schema.names): continue
+        meta = json.loads((schema.metadata or {}).get(b'ribo_nb', b'{}'))
+        (pseudo if 'pseudo' in meta else plain).append(path)
+    return plain or pseudo
+
+# %% ../nbs/04_train.ipynb #8c4d5e06
+def choose_data(
+    name:str, # of the configuration
+    data='', # a store, 'simulated', or '': what is there
+): # a store, or 'simulated'
+    "What to train on; ValueError, before anything slow, when nobody said it and it is not clear"
+    if str(data) == 'simulated' or not data and name == 'cfg_demo': return 'simulated'
+    if data:
+        with readable(data, 'a store made by ribo_data'): return Path(data)
+    folder,found = nearby(datamount()/'parquet'),stores_here()
+    if len(found) == 1:
+        click.echo(f'{name}: training on {nearby(found[0])}, the one store in {folder}', err=True)
+        return found[0]
+    say = 'say which: -p data FILE for papermill, --data FILE for ribo_train, DATA=FILE for make train'
+    if found: raise ValueError(f"{name}: there are several stores in {folder}, {say}\n" + '\n'.join(f'  {nearby(p)}' for p in found))
+    raise ValueError(f"{name}: there is no store in {folder} to train on. Two commands make one of Kaggle's train_data.csv:\n"
+                     f"  ribo_data train_data.csv --out {folder}/train.parquet\n  ribo_bpp {folder}/train.parquet\n"
+                     f"Or {say}; FILE may also be the word simulated: 1,000 SIMULATED RNAs, to try things out")
+
+# %% ../nbs/04_train.ipynb #9d5e6f08
+def data_name(store:Store)->str:
+    "The name of a store, with the word SIMULATED where its profiles are"
+    made_up = store.rows.dataset_name.str.match('sim_(random|design)').any()
+    return store.path.name + ' (SIMULATED)'*bool(made_up)
+
+# %% ../nbs/04_train.ipynb #b17a8b12
+def run_folder(
+    name:str, # of the configuration, or the cfg.json of a run
+    cfg:Cfg, # with what was overridden
+)->Path:
+    "Where a run goes that nobody gave a folder; fold and seed are in its name where they are not the configuration's own"
+    own = make_cfg(name)
+    folder = Path(name).parent if str(name).endswith('.json') else datamount()/'runs'/name
+    more = [f'{k}{getattr(cfg, k)}' for k in ('fold','seed') if getattr(cfg, k) != getattr(own, k)]
+    return folder.with_name('-'.join([folder.name, *more]))
+
 # %% ../nbs/04_train.ipynb #6870c2bd
 def folding(cfg:Cfg)->Engine:
     "The engine of a configuration, with the parameters that it names; ValueError when they are not here"
@@ -949,7 +1008,7 @@ def alone(out):
 # %% ../nbs/04_train.ipynb #730370d1
 def train_run(
     cfg:Cfg,
-    data='simulated', # a store, or 'simulated'
+    data, # a store, or 'simulated'
     out=None, # run folder; default: datamount/runs/run
     bpps=None, # folder of the BPP store; default: datamount/bpp
     show=lambda log: None, # called with the log after each epoch, e.g. to draw it
@@ -962,7 +1021,7 @@ def train_run(
     cfg = replace(cfg, engine_params=eng.key['params'])
     check_trainable(store, cfg)
     with alone(out) if first else nullcontext():
-        if first: record(cfg, store, out)
+        if first: record(cfg, store, out); click.echo(f'data: {data_name(store)}, {len(store):,} rows')
         bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng)),_fresh(cfg)
         with tracking(cfg, out) as sink:
             trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
@@ -1011,7 +1070,7 @@ def record(cfg, store, out):
         for k in new:
             check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike)
     length,epochs = store.rows.sequence.str.len().to_numpy()[training_rows(store, cfg)],cfg.n_epoch + cfg.sgd_epochs
-    status = dict(pid=os.getpid(), host=socket.gethostname(), processes=world()[1], sequences=len(length)*epochs,
+    status = dict(pid=os.getpid(), host=socket.gethostname(), processes=world()[1], data=data_name(store), sequences=len(length)*epochs,
                   steps=epochs*len(epoch_batches(length, cfg.tokens, cfg.seed)))
     for name,what in (('cfg.json', new), ('status.json', status)):
         with atomic(out/name) as p: p.write_text(json.dumps(what, indent=1))
@@ -1022,7 +1081,7 @@ def record(cfg, store, out):
 def measure(trainer, brief=False)->dict: # empty in other processes than the first
     "What a run has come to: the metrics, and errors.parquet with each held-out sequence's share in them"
     cfg,store,valid = trainer.cfg,trainer.store,trainer.valid
-    metrics = dict(model=cfg.model, parameters=n_parameters(trainer.model), data=store.path.name, fold=cfg.fold, code=_code_version(),
+    metrics = dict(model=cfg.model, parameters=n_parameters(trainer.model), data=data_name(store), fold=cfg.fold, code=_code_version(),
                    torch=torch.__version__, machine=f'{platform.machine()} {trainer.device} {str(trainer.dtype)[6:]}')
     if cfg.fold < 0: return metrics
     if preds := trainer.predictions():
@@ -1101,7 +1160,7 @@ def plot_pred(
 def draw_run(trainer, metrics):
     "The figures of a run, into its folder: loss and, with a held-out fold, scores, errors, predicted, profile"
     store,rows,preds,out = trainer.store,trainer.valid,trainer.predictions(),trainer.out
-    figs,where = dict(loss=plot_log(read_log(out))),'SIMULATED profiles' if 'simulated' in metrics['data'] else metrics['data']
+    figs,where = dict(loss=plot_log(read_log(out))),metrics['data']
     if preds:
         good = np.flatnonzero(store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows].all(1))
         best = good[np.nanargmax(store.rows.signal_to_noise_2A3.to_numpy()[rows[good]])]
@@ -1235,23 +1294,28 @@ def watch(out)->str: # text of a few lines
 # %% ../nbs/04_train.ipynb #b980126f
 @command()
 @click.argument('name', metavar='CFG', required=False)
-@click.option('--data', default='simulated', help="Store written by ribo_data, or 'simulated'.")
-@click.option('--run', '--out', 'out', type=click.Path(path_type=Path), help='Run folder (under torchrun say --out).  [default: datamount/runs/CFG]')
+@click.option('--data', default='', help="Store written by ribo_data, or 'simulated'.  [default: the one in datamount/parquet; for cfg_demo: simulated]")
+@click.option('--run', '--out', 'out', type=click.Path(path_type=Path), help='Run folder (under torchrun say --out).  [default: datamount/runs/CFG, with fold and seed where these are overridden]')
 @click.option('--overrides', default='{}', help='JSON: fields of the configuration that differ, e.g. \'{"lr": 1e-3}\'.')
 @click.option('--bpp', 'bpps', type=click.Path(path_type=Path),
               help='Folder of the BPP store.  [default: datamount/bpp]')
 @click.option('--all-folds', is_flag=True, help='One run for each fold of the store, in fold0, fold1, … of the run folder.')
+@click.option('--summary', 'table', is_flag=True, help='Only print what the model of CFG costs: parameters, arithmetic, memory.')
+@click.option('--dry-run', 'dry', is_flag=True, help='Only check configuration and data, and print the run folder.')
 @click.option('--watch', 'seen', type=click.Path(path_type=Path), help='Show how far the run in this folder is, until it ends.')
 @click.option('--stop', 'ended', type=click.Path(path_type=Path), help='Ask the run in this folder to save and stop.')
 @click.option('--diagnose', 'snapshot', type=click.Path(path_type=Path), help="Say where a snapshot.pt's step is not finite.")
-def ribo_train(name, data, out, overrides, bpps, all_folds, seen, ended, snapshot):
+def ribo_train(name, data, out, overrides, bpps, all_folds, table, dry, seen, ended, snapshot):
     "Train the configuration CFG (cfg_demo, cfg_0, cfg_mamba, …), or go on where it stopped. Exit code 75: asked to stop, and saved."
     if snapshot: click.echo(diagnose(snapshot)); return
     if seen: follow(seen); return
     if ended: click.echo(ask_to_stop(ended)); return
     if not name: raise click.UsageError('Give CFG, or --watch, --stop or --diagnose.')
-    out = out or datamount()/'runs'/name
     cfg,runs = make_cfg(name, overrides),[]
+    if table: click.echo(summary(cfg).to_string()); return
+    data = choose_data(name, data)
+    out = out or run_folder(name, replace(cfg, fold=make_cfg(name).fold) if all_folds else cfg)
+    if dry: click.echo(nearby(out)); return
     join_others(cfg)
     if all_folds:
         store = Store(sample_store() if data == 'simulated' else data)
@@ -1274,7 +1338,7 @@ def join_others(cfg):
 
 def report(out, metrics):
     if not metrics: return  # of a rank that is not the first
-    click.echo(f"{out}: {metrics['model']}, {metrics['parameters']:,} parameters" + '; time was up before the end: start it again to go on'*(not metrics['finished']))
+    click.echo(f"{out}: {metrics['model']}, {metrics['parameters']:,} parameters, trained on {metrics['data']}" + '; time was up before the end: start it again to go on'*(not metrics['finished']))
     if 'scores' in metrics: click.echo(pd.DataFrame(metrics['scores']).T.round(4).to_string())
 
 def trains(out)->bool: # does anybody train in this run folder?
@@ -1303,7 +1367,7 @@ def follow(out, every=5.):
 def launch(
     cfg:Cfg,
     processes:int, # on this machine, one per GPU
-    data='simulated', # the rest as for `train_run`
+    data, # the rest as for `train_run`
     out=None,
     bpps=None,
     show=lambda log: None,
