@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
-           'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args',
-           'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
-           'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device',
-           'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits',
-           'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed',
-           'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable',
-           'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'nearby',
-           'stores_here', 'choose_data', 'data_name', 'run_folder', 'folding', 'check_trainable', 'alone', 'train_run',
-           'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking',
-           'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'report',
-           'trains', 'ask_to_stop', 'follow', 'launch']
+           'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'INSTALL', 'check_parameters', 'as_declared', 'skip_lessons',
+           'injected', 'model_args', 'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary',
+           'absolute_errors', 'official_mae', 'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'learnable',
+           'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows', 'errors', 'score', 'headline',
+           'score_by', 'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered',
+           'like', 'Average', 'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress',
+           'score_line', 'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'Trainer', 'train',
+           'read_log', 'diagnose', 'sample_store', 'nearby', 'stores_here', 'choose_data', 'data_name', 'run_folder',
+           'folding', 'check_trainable', 'check_scorable', 'alone', 'train_run', 'record', 'measure', 'mae_name',
+           'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap',
+           'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'ending', 'report', 'trains', 'runs_of',
+           'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
 import click,numpy as np,pandas as pd,ribo_nb,torch
 import matplotlib.pyplot as plt,seaborn as sns
 from contextlib import contextmanager,nullcontext
-from datetime import datetime,timezone
+from datetime import date,datetime,timezone
 from dataclasses import asdict,dataclass,field,fields,replace
 from filelock import FileLock,Timeout
 from importlib.metadata import version
@@ -46,6 +47,29 @@ def check_parameters(
         if unknown := sorted(given - set(names)):
             raise ValueError(f"this notebook has no parameter {', '.join(unknown)}: its parameters are "
                              f"{', '.join(names)}")
+
+# %% ../nbs/04_train.ipynb #e4adbe18
+def _as_text(name, value):
+    if type(value) is not int: return value if isinstance(value, str) else str(value) if isinstance(value, (os.PathLike, date)) else None
+    click.echo(f"{name}: the number {value} is taken as text; papermill's -r {name} … leaves text as it is written", err=True)
+    return str(value)
+
+def as_declared(
+    kinds:dict, # parameter → str, dict (or its JSON), int (from 1 on) or float (from 0 on)
+    values:dict, # parameter → what papermill has injected, or the default
+)->dict: # parameter → value of its kind
+    "Parameters as the notebook means them; ValueError names the one that cannot be"
+    out,expected = {},{str: 'text', dict: 'JSON', int: 'a whole number from 1 on', float: 'a number from 0 on'}
+    for name,kind in kinds.items():
+        value = values[name]
+        number = type(value) in (int, float) and math.isfinite(value)
+        if kind is str: out[name] = _as_text(name, value)
+        elif kind is dict: out[name] = value if isinstance(value, (str, dict)) else None
+        else: out[name] = kind(value) if number and kind(value) == value and value >= (kind is int) else None
+        if out[name] is None:
+            raise ValueError(f"parameter {name} is {value!r}, expected {expected[kind]}: papermill's -p makes numbers, True and None "
+                             f"of what looks like them, its -r leaves text as it is written (-r {name} …)")
+    return out
 
 # %% ../nbs/04_train.ipynb #f252dd66
 def skip_lessons(
@@ -269,6 +293,7 @@ def fit_baselines(
     bpp:BppStore, # holds their BPPs
 )->tuple: # name → medians by key; medians of all
     "Three lookup tables: per modifier, per nucleotide, per nucleotide and level of p(unpaired)"
+    if not len(rows): raise ValueError(f'{store.path}: no rows to fit the lookups on')
     good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()
     react = pd.DataFrame(np.concatenate([np.where(good[i], store[i][0], np.nan) for i in rows]).clip(0, 1), columns=MODS)
     return {k: react.groupby(key).median() for k,key in _keys(*_describe(store.rows.sequence.iloc[rows], bpp)).items()},react.median()
@@ -276,6 +301,7 @@ def fit_baselines(
 def look_up(fitted, sequences:list, bpp)->dict: # name → list of predictions (l m), one per sequence
     "What fitted tables predict"
     cut,(tables,median) = np.cumsum([len(s) for s in sequences])[:-1],fitted
+    if not sequences: return {k: [] for k in tables}
     return {k: np.split(tables[k].reindex(key).fillna(median).to_numpy(), cut) for k,key in _keys(*_describe(sequences, bpp)).items()}
 
 def baselines(store, rows, sequences, bpp)->dict: # arguments as above
@@ -290,6 +316,19 @@ def sn_weight(
     sn = batch['sn'].nan_to_num(0.)
     if how == 'SN_filter': return batch['SN_filter'].float()
     return sn.clamp(0, 10).log1p() if how == 'log1p' else sn.clamp(0, 1) if how == 'clip' else (~batch['sn'].isnan()).float()
+
+def learnable(
+    store:Store,
+    rows:np.ndarray, # row numbers
+    how:str, # as for `sn_weight`
+)->list: # those of MODS that have a profile with some weight; ends where all are found
+    "What there is to learn from"
+    sn,good = torch.from_numpy(store.sn[rows]),torch.from_numpy(store.SN_filter[rows])
+    found = np.zeros(len(MODS), bool)
+    for i,w in zip(rows, sn_weight(dict(sn=sn, SN_filter=good), how).numpy(), strict=True):
+        found |= (w*~np.isnan(store[i][0])).any(0)
+        if found.all(): break
+    return [m for m,f in zip(MODS, found, strict=True) if f]
 
 def masked_mae(
     pred:Tensor, # (b l m)
@@ -332,7 +371,7 @@ def predict_sequences(
 )->list: # predictions clipped to [0,1], float32 (l m), in the order given
     "Predict, long RNAs first so that memory trouble shows at once; ValueError when a prediction is not finite"
     model.eval()
-    device,length,out = next(model.parameters()).device,np.array([len(s) for s in sequences]),[None]*len(sequences)
+    device,length,out = next(model.parameters()).device,np.array([len(s) for s in sequences], int),[None]*len(sequences)
     for at in epoch_batches(length, batch_size*TYPICAL):
         batch = collate([sequences[i] for i in at], lambda s, flip=None: bpp(s, flip, device))
         pred = model(to_device(batch, device)).float().clamp(0, 1).cpu().numpy()
@@ -362,24 +401,47 @@ def errors(
     t = store.rows.iloc[rows][['sequence_id','dataset_name']]
     t = t.assign(length=[len(p) for p in preds], positions=[n for _,n in parts])
     for k,m in enumerate(MODS): t[m] = [float(e[k]) for e,_ in parts]
+    return t if t.positions.any() else _apart(t, preds, store, rows)
+
+def _apart(t, preds, store, rows):
+    "No position counts officially: the same with each modifier counted where it was measured itself"
+    for k,m in enumerate(MODS):
+        wrong = [np.abs(p[:,k] - store[i][0][:,k].clip(0, 1))[~np.isnan(store[i][0][:,k]) & store.SN_filter[i,k]]
+                 for p,i in zip(preds, rows, strict=True)]
+        t[m],t[f'positions_{m}'] = [float(w.sum(dtype=float)) for w in wrong],[len(w) for w in wrong]
     return t
 
 # %% ../nbs/04_train.ipynb #0b8632a7
+def _sums(t): # sums of absolute errors, and positions that count, of each row and each modifier that was measured
+    if t.positions.any() or f'positions_{MODS[0]}' not in t: return t[list(MODS)],t[['positions']*len(MODS)].set_axis(MODS, axis=1)
+    there = [m for m in MODS if t[f'positions_{m}'].any()]
+    return t[there],t[[f'positions_{m}' for m in there]].set_axis(there, axis=1)
+
 def score(
     t:pd.DataFrame, # from `errors`, or some of its rows
-)->dict: # 2A3, DMS, official, positions
-    "The official metric, and its two halves"
-    if not (n := int(t.positions.sum())):
-        raise ValueError('no position counts, nowhere do both modifiers pass SN_filter: hold out another fold, or train '
-                         'on everything with fold=-1')
-    mae = t[list(MODS)].sum()/n
-    return mae.to_dict() | dict(official=float(mae.mean()), positions=n)
+)->dict: # 2A3, DMS, official, positions; without `official` where no position has both modifiers
+    "The official metric, and its two halves; else the mean absolute error of what was measured"
+    wrong,counts = _sums(t)
+    if not counts.to_numpy().any():
+        raise ValueError('no position counts, nowhere was a modifier measured that passes SN_filter: hold out another fold, or '
+                         'train on everything with fold=-1')
+    mae = wrong.sum()/counts.sum()
+    official = dict(official=float(mae.mean())) if t.positions.any() else {}
+    return mae.to_dict() | official | dict(positions=int(counts.to_numpy().sum(0).max()))
 
-def score_by(t)->dict: # data set, or length in nt → official score
-    "The official metric of each data set and each length (of 50 nt each, where there are many)"
+def headline(
+    scores:dict, # from `score`
+)->tuple: # its name, the number
+    "The one number of a score: the official metric, or the mean of what was measured, which is named so"
+    if 'official' in scores: return 'official MAE',scores['official']
+    there = [m for m in MODS if m in scores]
+    return f"MAE of {' and '.join(there)}",float(np.mean([scores[m] for m in there]))
+
+def score_by(t)->dict: # data set, or length in nt → the number of `headline`
+    "The score of each data set and each length (of 50 nt each, where there are many)"
     length = t.length if t.length.nunique() < 13 else t.length//50*50
     groups = dict(dataset_name=t.groupby('dataset_name'), length=t.groupby(length))
-    return {k: {str(i): score(g)['official'] for i,g in by if g.positions.sum()} for k,by in groups.items()}
+    return {k: {str(i): headline(score(g))[1] for i,g in by if _sums(g)[1].to_numpy().any()} for k,by in groups.items()}
 
 # %% ../nbs/04_train.ipynb #2cb47f96
 CKPT_VERSION = 4
@@ -440,7 +502,9 @@ def load_model(
 )->tuple: # model with its weights, Cfg
     "The model of a checkpoint, from its own configuration"
     ck = load_checkpoint(path)
-    model = build(ck['cfg'])
+    model,learnt = build(ck['cfg']),ck.get('learnt', MODS)
+    if unknown := [m for m in MODS if m not in learnt]:
+        click.echo(f"{path}: has learnt {' and '.join(learnt)} only; what it predicts for {' and '.join(unknown)} means nothing", err=True)
     with fits(path): model.load_state_dict(ck['raw'] if raw and 'raw' in ck else ck['model'])
     return model,ck['cfg']
 
@@ -611,6 +675,11 @@ class Progress:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
         if torch.cuda.is_initialized(): peak = torch.cuda.max_memory_allocated()/2**20
         return dict(seconds=round(self.seconds, 1), peak_MB=round(peak)) | (dict(steps_per_second=round(speed, 3)) if speed else {})
+
+def score_line(scores)->dict: # from `score`
+    "What a line of the log says of a score; `of` where it is not the official one"
+    name,mae = headline(scores)
+    return dict(mae=mae) | {f'mae_{m}': scores[m] for m in MODS if m in scores} | ({} if 'official' in scores else dict(of=name))
 
 COSTS = 'seconds','peak_MB','steps_per_second'
 
@@ -815,8 +884,7 @@ class Trainer:
         if scored and len(self.valid) and not pos.in_row:  # a model that is not finite just now has no score
             preds = self.predictions()
             if not world()[0]:
-                mae = score(errors(preds, self.store, self.valid))
-                self.log(dict(step=pos.step, epoch=pos.epoch, mae=mae['official']) | {f'mae_{m}': mae[m] for m in MODS} | pos.costs())
+                self.log(dict(step=pos.step, epoch=pos.epoch) | score_line(score(errors(preds, self.store, self.valid))) | pos.costs())
         if pos.epoch == self.cfg.n_epoch and self.cfg.sgd_epochs: self.opt,self.avg = make_optimizer(self.model, self.cfg, True),Average(self.model)
         if scored or start - self.saved > 60*self.cfg.save_minutes: self.save()
         self.clock = time.monotonic()
@@ -850,7 +918,7 @@ class Trainer:
         "Weights for prediction; with a running average, that is what predicts, and the raw ones are kept beside it"
         now = _states(self.cfg, self.model, self.opt, self.avg)
         weights = dict(model=now['average']['weights'], raw=now['model']) if self.avg else dict(model=now['model'])
-        if not world()[0]: save(self.out/'best.pt', self.cfg, **weights)
+        if not world()[0]: save(self.out/'best.pt', self.cfg, learnt=learnable(self.store, self.rows, self.cfg.weight), **weights)
 
 # %% ../nbs/04_train.ipynb #c512671e
 def train(cfg, model, store, bpp, out, **how)->list: # the log; arguments as `Trainer`
@@ -969,34 +1037,44 @@ def folding(cfg:Cfg)->Engine:
     return eng
 
 # %% ../nbs/04_train.ipynb #9fe2826a
-def check_trainable(store:Store, cfg:Cfg):
+def check_trainable(
+    store:Store,
+    cfg:Cfg,
+)->list: # remarks: what is missing, and what that means
     "Raise ValueError, before anything is written, when there is nothing to learn from or nothing to score"
     rows,valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
-    t = store.rows.iloc[rows]
-    sn,good = (torch.tensor(t[[f'{c}_{m}' for m in MODS]].to_numpy(d)) for c,
-               d in (('signal_to_noise', np.float32), ('SN_filter', bool)))
-    weight = sn_weight(dict(sn=sn, SN_filter=good), cfg.weight).numpy()
-    if not any((w*~np.isnan(store[i][0])).any() for i,w in zip(rows, weight, strict=True)):  # ends at the first
+    if not (learnt := learnable(store, rows, cfg.weight)):
         raise ValueError(f"{store.path}: the {len(rows)} rows outside fold {cfg.fold} hold no profile to learn from "
                          f"(with weight={cfg.weight!r}): another fold, another weight, or more data")
-    if cfg.fold < 0: return
+    remarks = [f'{m} is missing: the model learns {learnt[0]} alone, and what it predicts for {m} means nothing' for m in MODS if m not in learnt]
+    if cfg.fold < 0: return remarks
     if not len(valid):
         raise ValueError(f"{store.path} has no fold {cfg.fold}, its folds are "
                          f"{sorted(store.rows.fold.unique().tolist())}; -1 trains on everything")
-    good = store.rows[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy()
-    if not any(good[i] and (~np.isnan(store[i][0]).any(-1)).any() for i in valid):
-        raise ValueError(f'{store.path}: no position of fold {cfg.fold} counts, nowhere do both modifiers pass SN_filter: hold '
-                         f'out another fold, or train on everything with fold=-1')
     if (made := store.meta.get('pseudo', {}).get('fold', cfg.fold)) != cfg.fold:
         raise ValueError(f"{store.path}: its pseudo-labels are the predictions of models that held out fold {made}, and knew "
                          f"fold {cfg.fold}: hold out fold {made} here as well")
+    return remarks + check_scorable(store, cfg.fold, valid)
+
+def check_scorable(store, fold, valid)->list: # remarks
+    "Raise ValueError when nothing in a held-out fold can be scored"
+    there = [~np.isnan(store[i][0]) & store.SN_filter[i] for i in valid]
+    both,each = sum(int(t.all(1).sum()) for t in there),sum(t.sum(0) for t in there)
+    if not each.any():
+        raise ValueError(f'{store.path}: no position of fold {fold} counts, nowhere was a modifier measured that passes SN_filter: '
+                         f'hold out another fold, or train on everything with fold=-1')
+    names = ' and '.join(m for m,n in zip(MODS, each, strict=True) if n)
+    if not both: return [f'nowhere in fold {fold} do both modifiers count: the score is the MAE of {names}, not the official one']
+    lost = [f'{n - both:,} of {n:,} positions of {m}' for m,n in zip(MODS, each.tolist(), strict=True) if both < .8*n]
+    return [f"the official score leaves out {' and '.join(lost)} in fold {fold}, where the other modifier does not count"] if lost else []
 
 # %% ../nbs/04_train.ipynb #38f739a3
 @contextmanager
 def alone(out):
     "Nobody else trains in this run folder meanwhile; ValueError when somebody does"
     out.mkdir(parents=True, exist_ok=True)
-    lock,status = FileLock(out/'lock', blocking=False),out/'status.json'
+    # a second, because `trains` takes the lock for a moment when somebody looks on
+    lock,status = FileLock(out/'lock', timeout=1),out/'status.json'
     try: lock.acquire()
     except Timeout:
         by = json.loads(status.read_text()) if status.exists() else {}
@@ -1019,9 +1097,9 @@ def train_run(
     out,first = Path(out or datamount()/'runs'/'run'),not world()[0]
     store,eng = Store(sample_store() if str(data) == 'simulated' else data),folding(cfg)
     cfg = replace(cfg, engine_params=eng.key['params'])
-    check_trainable(store, cfg)
+    remarks = check_trainable(store, cfg)
     with alone(out) if first else nullcontext():
-        if first: record(cfg, store, out); click.echo(f'data: {data_name(store)}, {len(store):,} rows')
+        if first: record(cfg, store, out); click.echo('\n'.join([f'data: {data_name(store)}, {len(store):,} rows', *remarks]))
         bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng)),_fresh(cfg)
         with tracking(cfg, out) as sink:
             trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
@@ -1093,6 +1171,9 @@ def measure(trainer, brief=False)->dict: # empty in other processes than the fir
     return {}
 
 # %% ../nbs/04_train.ipynb #867bf39e
+def mae_name(log:pd.DataFrame)->str: # what the column `mae` of a log is
+    return log.of.dropna().iloc[-1] if 'of' in log else 'official MAE'
+
 def plot_log(
     log:list, # from `read_log`
 )->plt.Figure:
@@ -1104,9 +1185,11 @@ def plot_log(
                                             label='training loss (weighted)'); b.plot(t.step, t.lr, color='.6')
     if 'mae' in d:
         v = d.dropna(subset='mae'); a.plot(v.step, v.mae, 'o-', ms=3, color='#c8553d',
-                                           label=f'held-out official MAE, last {v.mae.iloc[-1]:.4f}')
-    a.set(ylabel='mean absolute error'); a.legend(frameon=False); b.set(xlabel='step',
-                                                                        ylabel='learning rate'); sns.despine(fig)
+                                           label=f'held-out {mae_name(d)}, last {v.mae.iloc[-1]:.4f}')
+    a.set(ylabel='mean absolute error')
+    if a.lines: a.legend(frameon=False)
+    b.set(xlabel='step', ylabel='learning rate')
+    sns.despine(fig)
     return fig
 
 # %% ../nbs/04_train.ipynb #3a50fbd1
@@ -1114,26 +1197,30 @@ def plot_scores(
     scores:dict, # name → `score`
     title:str='',
 )->plt.Figure:
-    "Official MAE of a model beside its baselines"
-    d = pd.DataFrame(scores).T.sort_values('official', ascending=False)
+    "The score of a model beside its baselines; ValueError when there is none"
+    if not scores: raise ValueError('no scores to draw: a run without a held-out fold has none')
+    what = headline(next(iter(scores.values())))[0]
+    d = pd.Series({k: headline(v)[1] for k,v in scores.items()}).sort_values(ascending=False)
     fig,ax = plt.subplots(figsize=(7, 1.9), layout='constrained')
     known = ('median per modifier','median per nucleotide','unpaired-probability lookup')
-    ax.barh(d.index, d.official, color=['.75' if i in known else '#c8553d' for i in d.index])
-    for y,v in enumerate(d.official): ax.text(v, y, f' {v:.4f}', va='center')
-    ax.set(xlabel='official MAE on the held-out fold (lower is better)', title=title,
-           xlim=(0, d.official.max()*1.18)); sns.despine(fig)
+    ax.barh(d.index, d, color=['.75' if i in known else '#c8553d' for i in d.index])
+    for y,v in enumerate(d): ax.text(v, y, f' {v:.4f}', va='center')
+    ax.set(xlabel=f'{what} on the held-out fold (lower is better)', title=title,
+           xlim=(0, d.max()*1.18)); sns.despine(fig)
     return fig
 
 def plot_errors(
     by:dict, # from `score_by`
+    unit:str='official MAE', # that is drawn
 )->plt.Figure:
-    "Official MAE of each data set and each length"
+    "The score of each data set and each length; ValueError when there is none"
+    if not any(by.values()): raise ValueError('no scores to draw: no position counts')
     n = [max(1, len(v)) for v in by.values()]
     fig,axs = plt.subplots(1, len(by), figsize=(8, .5 + .32*max(n)), layout='constrained', sharex=True, squeeze=False)
     for ax,(what,v) in zip(axs[0], by.items(), strict=True):
         ax.barh(list(v), list(v.values()), color='#30507a', height=.6)
         for y,x in enumerate(v.values()): ax.text(x, y, f' {x:.3f}', va='center', fontsize=8)
-        ax.set(title=dict(dataset_name='data set', length='length (nt)').get(what, what), xlabel='official MAE'); ax.title.set_size(10)
+        ax.set(title=dict(dataset_name='data set', length='length (nt)').get(what, what), xlabel=unit); ax.title.set_size(10)
         ax.margins(x=.15); ax.invert_yaxis(); sns.despine(ax=ax)
     return fig
 
@@ -1144,10 +1231,12 @@ def plot_pred(
     title:str='',
 )->plt.Figure:
     "Predicted against measured reactivity, both modifiers, both clipped to [0,1]"
+    if not len(preds): raise ValueError('no profiles to draw: nothing that passes SN_filter was measured')
     p,y = np.concatenate(preds),np.concatenate(reacts).clip(0, 1)
     fig,axs = plt.subplots(1, 2, figsize=(8, 3.8), layout='constrained')
     for m,(ax,cmap) in enumerate(zip(axs, ('Blues','Reds'), strict=True)):
         k = ~np.isnan(y[:,m])
+        if not k.any(): ax.set(title=f'{MODS[m]}: not measured'); continue
         ax.hexbin(y[k,m], p[k,m], gridsize=45, extent=(0,1,0,1), bins='log', cmap=cmap, mincnt=1, lw=0)
         ax.plot([0,1], [0,1], color='k', lw=.8, ls='--')
         r = np.corrcoef(y[k,m], p[k,m])[0,1] if k.sum() > 2 else np.nan
@@ -1159,12 +1248,14 @@ def plot_pred(
 # %% ../nbs/04_train.ipynb #b2451bf6
 def draw_run(trainer, metrics):
     "The figures of a run, into its folder: loss and, with a held-out fold, scores, errors, predicted, profile"
-    store,rows,preds,out = trainer.store,trainer.valid,trainer.predictions(),trainer.out
+    store,rows,preds,out = trainer.store,trainer.valid,trainer.predictions() if len(trainer.valid) else [],trainer.out
     figs,where = dict(loss=plot_log(read_log(out))),metrics['data']
     if preds:
-        good = np.flatnonzero(store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows].all(1))
-        best = good[np.nanargmax(store.rows.signal_to_noise_2A3.to_numpy()[rows[good]])]
-        figs |= dict(scores=plot_scores(metrics['scores'], f"{out.name}, fold {metrics['fold']} of {where}"), errors=plot_errors(metrics['by']),
+        good = np.flatnonzero(store.SN_filter[rows].all(1))
+        if 'official' not in metrics['scores'][metrics['model']]: good = np.flatnonzero(store.SN_filter[rows].any(1))
+        sn = store.sn[rows[good]]
+        best = good[np.nanargmax(sn[:,int(np.isnan(sn[:,0]).all())])]  # by 2A3, or by DMS where that is all
+        figs |= dict(scores=plot_scores(metrics['scores'], f"{out.name}, fold {metrics['fold']} of {where}"), errors=plot_errors(metrics['by'], headline(metrics['scores'][metrics['model']])[0]),
                      predicted=plot_pred([preds[k] for k in good], [store[i][0] for i in rows[good]], where),
                      profile=plot_profile(store.rows.sequence[rows[best]], *store[rows[best]], preds[best],
                                           f'held out, {where}: measured (bars) and predicted (line)'))
@@ -1175,39 +1266,83 @@ def _tensorboard(out, cfg):
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(out/'tensorboard')
     for f in ('cfg.json','starts.jsonl'): writer.add_text(f, f'```json\n{(out/f).read_text()}\n```')
-    def sink(line):
-        for k,v in line.items():
-            if k != 'step' and isinstance(v, (int, float)): writer.add_scalar(k, v, line['step'])
-        for f in line.get('files', ()): writer.add_image(Path(f).stem, plt.imread(f), line['step'], dataformats='HWC')
+    def sink(numbers, step, files):
+        for k,v in numbers.items(): writer.add_scalar(k, v, step)
+        for f in files: writer.add_image(Path(f).stem, plt.imread(f), step, dataformats='HWC')
         writer.flush()
     return sink,writer.close
 
+def _answers(token)->bool: # does the server that a token names answer at all, within seconds?
+    import base64,urllib.error,urllib.request
+    try: urllib.request.urlopen(json.loads(base64.b64decode(token))['api_address'], timeout=4).close()
+    except urllib.error.HTTPError: return True
+    except (OSError, ValueError, KeyError, TypeError): return False
+    return True
+
+def _online(start, token, seconds=15.):
+    "A run on neptune's server, or None, with the reason, when that has not begun after some seconds"
+    if not _answers(token): return None,'its server does not answer'
+    got = queue.Queue()
+    def work():
+        try: got.put((start('async'), ''))
+        except Exception as e: got.put((None, f'{type(e).__name__}: ' + ' '.join(str(e).split())[:200]))
+    threading.Thread(target=work, daemon=True).start()
+    try: return got.get(timeout=seconds)
+    except queue.Empty: return None,'its server does not answer'
+
 def _neptune(out, cfg):
-    os.environ.setdefault('NEPTUNE_DATA_DIRECTORY', str(out/'neptune'))
     import neptune
-    run = neptune.init_run(mode=os.environ.get('NEPTUNE_MODE', 'async' if os.environ.get('NEPTUNE_API_TOKEN') else 'offline'),
-                           capture_stdout=False, capture_stderr=False, capture_hardware_metrics=False, git_ref=False, source_files=[])
+    token,mode,why = os.environ.get('NEPTUNE_API_TOKEN'),os.environ.get('NEPTUNE_MODE'),'no NEPTUNE_API_TOKEN is set'
+    folder = os.environ.get('NEPTUNE_DATA_DIRECTORY') or str(out/'.neptune')  # so named, `neptune sync --path` finds it
+    def start(mode):
+        return neptune.init_run(mode=mode, capture_stdout=False, capture_stderr=False, capture_hardware_metrics=False, git_ref=False, source_files=[])
+    with _set_for_now('NEPTUNE_DATA_DIRECTORY', folder):
+        run = start(mode) if mode else None
+        if not mode and token: run,why = _online(start, token)
+        if run is None:
+            run = start('offline')
+            click.echo(f"neptune: {why}; the run is kept offline in {nearby(folder)}. To send it to a server later: neptune sync "
+                       f"--offline-only --path {nearby(Path(folder).parent)} (neptune's own command; it needs setuptools below 81)", err=True)
     run['cfg'] = asdict(cfg)
     run['data'] = json.dumps(json.loads((out/'cfg.json').read_text())['data'])
     run['start'] = (out/'starts.jsonl').read_text().splitlines()[-1]
-    def sink(line):
-        for k,v in line.items():
-            if k != 'step' and isinstance(v, (int, float)): run[k].append(v, step=line['step'])
-        for f in line.get('files', ()): run[f'figures/{Path(f).stem}'].upload(f)
-    return sink,run.stop
+    def sink(numbers, step, files):
+        for k,v in numbers.items(): run[k].append(v, step=step)
+        for f in files: run[f'figures/{Path(f).stem}'].upload(f)
+    return sink,lambda: run.stop(seconds=8)
+
+@contextmanager
+def _set_for_now(name, value):
+    "An environment variable, as long as the block lasts"
+    old = os.environ.get(name)
+    os.environ[name] = value
+    try: yield
+    finally:
+        if old is None: del os.environ[name]
+        else: os.environ[name] = old
 
 # %% ../nbs/04_train.ipynb #47bb2b95
+INSTALL = dict(tensorboard='pip install tensorboard', neptune="pip install 'neptune<2'")
+
+def _new(line, last)->dict: # the numbers of a line of the log
+    "Without those that a series has at this step already: the line of a score may have the step of the line before"
+    numbers = {k: v for k,v in line.items() if isinstance(v, (int, float)) and k != 'step' and line['step'] > last.get(k, -1)}
+    last.update(dict.fromkeys(numbers, line['step']))
+    return numbers
+
 @contextmanager
 def tracking(cfg, out, sinks=dict(tensorboard=_tensorboard, neptune=_neptune)):
     "Yields a function that takes a line of the log and returns at once"
     if cfg.tracker == 'none' or world()[0]: yield lambda line: None; return
-    lines = queue.Queue(10_000)
+    lines,last = queue.Queue(10_000),{}
     def work():
         try:
             sink,close = sinks[cfg.tracker](out, cfg)
-            while (line := lines.get()) is not None: sink(line)
+            while (line := lines.get()) is not None: sink(_new(line, last), line['step'], line.get('files', ()))
             close()
-        except Exception as e: click.echo(f'{out}: {cfg.tracker} has failed ({type(e).__name__}: {e}); training goes on without it', err=True)
+        except ImportError as e:
+            click.echo(f"{cfg.tracker} is not installed ({e}): {INSTALL[cfg.tracker]}; training goes on without it", err=True)
+        except Exception as e: click.echo(f'{nearby(out)}: {cfg.tracker} has failed ({type(e).__name__}: {e}); training goes on without it', err=True)
     def put(line):
         try: lines.put_nowait(line)
         except queue.Full: pass
@@ -1222,7 +1357,7 @@ def read_neptune(
 )->pd.DataFrame: # step, name, value
     "What neptune has kept offline, in all runs of a folder"
     rows = []
-    for path in sorted(Path(out).glob('neptune/**/data-*.log')):
+    for path in sorted(Path(out).glob('.neptune/**/data-*.log')):
         decoder,text = json.JSONDecoder(),path.read_text()
         while text := text.lstrip():
             line,end = decoder.raw_decode(text)
@@ -1235,11 +1370,13 @@ def read_neptune(
 def bootstrap(
     t:pd.DataFrame, # from `errors`
     n:int=1000, # samples
-)->np.ndarray: # n official scores
-    "The official score of resampled sequences"
-    a = t.loc[t.positions > 0, [*MODS, 'positions']].to_numpy()
+)->np.ndarray: # n scores
+    "The score of resampled sequences; ValueError when no position counts"
+    wrong,counts = (x.to_numpy() for x in _sums(t))
+    a,k = np.c_[wrong, counts][counts.any(1)],wrong.shape[1]
+    if not len(a): raise ValueError('no position counts: there is nothing to draw samples from')
     total = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1/len(a)), n) @ a
-    return (total[:,:-1]/total[:,-1:]).mean(1)
+    return (total[:,:k]/total[:,k:]).mean(1)
 
 # %% ../nbs/04_train.ipynb #c6a384b5
 def compare(
@@ -1247,16 +1384,19 @@ def compare(
 )->tuple: # table with a row per run, figure
     "Scores with intervals, differences in configuration, size and cost; and the curves"
     rows,logs,cfgs_ = {},{},{}
+    if not runs: raise ValueError('no runs to compare: name one run folder or more')
     for out in map(Path, runs):
         for f in ('cfg.json','log.jsonl'):
             if not (out/f).exists(): raise ValueError(f"{out/f}: no such file: give the folder of a run")
         logs[out.name],cfgs_[out.name] = pd.DataFrame(read_log(out)),json.loads((out/'cfg.json').read_text())['cfg']
         m = json.loads((out/'metrics.json').read_text()) if (out/'metrics.json').exists() else {}
-        row = dict(official=m.get('scores', {}).get(m.get('model'), {}).get('official'))
+        own = m.get('scores', {}).get(m.get('model'), {})
+        row = dict(official=own.get('official'))
+        if own and 'official' not in own: row |= dict([headline(own)])
         if (out/'errors.parquet').exists():
             low,high = np.quantile(bootstrap(pd.read_parquet(out/'errors.parquet')), [.05, .95])
             row['90 % of samples'] = f'{low:.4f} to {high:.4f}'
-        rows[out.name] = row | dict(parameters=m.get('parameters'), minutes=round(logs[out.name].seconds.max()/60, 1))
+        rows[out.name] = row | dict(parameters=m.get('parameters'), minutes=round(logs[out.name].get('seconds', pd.Series([np.nan])).max()/60, 1))
     differ = [k for k in asdict(cfg_0) if len({repr(c.get(k)) for c in cfgs_.values()}) > 1]
     for name,c in cfgs_.items(): rows[name] |= {k: c.get(k) for k in differ}
     return pd.DataFrame(rows).T,plot_runs(logs)
@@ -1265,30 +1405,67 @@ def compare(
 def plot_runs(logs):
     "Held-out score, or training loss where there is none, over steps and over time"
     fig,axs = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout='constrained')
+    kinds = set()
     for name,d in logs.items():
-        d = d.dropna(subset='mae' if 'mae' in d else 'loss')
-        for ax,x in zip(axs, (d.step, d.seconds/60), strict=True): ax.plot(x, d['mae' if 'mae' in d else 'loss'], 'o-', ms=3, label=name)
-    axs[0].set(xlabel='step', ylabel='held-out official MAE'); axs[1].set(xlabel='minutes'); axs[1].legend(frameon=False); sns.despine(fig)
+        if not len(d): continue  # stopped before its first line
+        kind = 'mae' if 'mae' in d else 'loss'
+        kinds.add(f'held-out {mae_name(d)}' if kind == 'mae' else 'training loss')
+        d = d.dropna(subset=kind)
+        for ax,x in zip(axs, (d.step, d.seconds/60), strict=True): ax.plot(x, d[kind], 'o-', ms=3, label=name)
+    axs[0].set(xlabel='step', ylabel=', '.join(sorted(kinds))); axs[1].set(xlabel='minutes'); sns.despine(fig)
+    if kinds: axs[1].legend(frameon=False)
     return fig
 
 # %% ../nbs/04_train.ipynb #4197d904
+def _running(pid)->bool:
+    "Does this process run? A zombie, which nobody has asked for its exit code, does not"
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    stat = Path(f'/proc/{pid}/stat')
+    return not stat.exists() or stat.read_text().rpartition(')')[2].split()[0] != 'Z'
+
+def _launched(out)->str: # what there is to say; '' when training has begun, or nobody launched
+    "How the papermill of `make train` is doing as long as it has not begun to train"
+    pid,status = out/'papermill.pid',out/'status.json'
+    if not pid.exists() or trains(out): return ''
+    if status.exists() and status.stat().st_mtime_ns > pid.stat().st_mtime_ns: return ''
+    if _running(int(pid.read_text())): return 'starting; data and model are read before the first step'
+    return f"ended before training began: {_reason(out/'papermill.log')}"
+
+# %% ../nbs/04_train.ipynb #17d7ce1e
+def _state(out, status, step)->tuple: # what the run does, its step
+    "Trains, finished, or stopped, with the step of its checkpoint"
+    if trains(out): return f"process {status['pid']} on {status['host']}",step
+    metrics = json.loads((out/'metrics.json').read_text()) if (out/'metrics.json').exists() else {}
+    if metrics.get('finished'): return 'finished',status['steps']
+    ck = latest(out)
+    if not ck: return 'stopped before anything was saved; start the same run again',step
+    return f"stopped at step {ck['pos']['step']} and saved; start the same run again to go on",ck['pos']['step']
+
+def _spark(values)->str: # a curve of up to 40 letters
+    low,high = values.min(),values.max()
+    level = [int(7*(b.mean() - low)/max(high - low, 1e-9)) for b in np.array_split(values, min(40, len(values)))]
+    return ''.join('▁▂▃▄▅▆▇█'[k] for k in level)
+
 def watch(out)->str: # text of a few lines
-    "How far a run is, how fast, how long still, and how its loss went"
+    "How far a run is, how fast, how long still, and how its loss went; ValueError when there is none"
     out = Path(out)
-    if not (out/'status.json').exists(): raise ValueError(f"{out}: no run has been started here")
-    status,log = json.loads((out/'status.json').read_text()),pd.DataFrame(read_log(out) if (out/'log.jsonl').exists() else [])
-    if not len(log): return f"{out.name}: process {status['pid']} on {status['host']}, nothing logged yet"
-    step,total,seconds = int(log.step.max()),status['steps'],log.seconds.max()
-    kind = 'loss' if 'loss' in log else 'mae'
-    loss,left = log[kind].dropna(),(total - step)*seconds/max(step, 1)
-    bins = np.array_split(loss.to_numpy(), min(40, len(loss)))
-    low,high = loss.min(),loss.max()
-    spark = ''.join('▁▂▃▄▅▆▇█'[int(7*(b.mean() - low)/max(high - low, 1e-9))] for b in bins)
-    who = f"process {status['pid']} on {status['host']}"
-    text = [f"{out.name}: {'finished' if (out/'metrics.json').exists() and step >= total else who}",
-            f"[{'#'*int(30*step/total):.<30}] step {step:,} of {total:,}, {status['sequences']/total*step/max(seconds, .1):.0f} sequences/s, {pd.Timedelta(seconds=round(left))} left",
-            f"{kind} {loss.iloc[-1]:.4f}  {spark}"]
-    if 'mae' in log: text.append(f"held-out official MAE {log.mae.dropna().iloc[-1]:.4f} after epoch {int(log.epoch[log.mae.notna()].iloc[-1])}")
+    if said := _launched(out): return f'{out.name}: {said}'
+    if not (out/'status.json').exists(): raise ValueError(f"{nearby(out)}: no run has been started here")
+    status,lines = json.loads((out/'status.json').read_text()),read_log(out) if (out/'log.jsonl').exists() else []
+    log,total = pd.DataFrame(lines),status['steps']
+    state,step = _state(out, status, int(log.step.max()) if lines else 0)
+    bar = f"[{'#'*int(30*step/total):.<30}] step {step:,} of {total:,}"
+    text = [f'{out.name}: {state}', f"data: {status['data']}"] if 'data' in status else [f'{out.name}: {state}']
+    if not lines: return '\n'.join([*text, f'{bar}, no loss logged yet'*(state != 'finished') or bar])
+    seconds,kind = log.seconds.max(),'loss' if 'loss' in log else 'mae'
+    left = pd.Timedelta(seconds=round((total - step)*seconds/max(log.step.max(), 1)))
+    text.append(f"{bar}, {status['sequences']/total*log.step.max()/max(seconds, .1):.0f} sequences/s, {left} left")
+    if len(loss := log[kind].dropna().to_numpy()): text.append(f'{kind} {loss[-1]:.4f}  {_spark(loss)}')
+    if 'mae' in log:
+        last = log.dropna(subset='mae').iloc[-1]
+        text.append(f'held-out {mae_name(log)} {last.mae:.4f} after epoch {int(last.epoch)}')
     return '\n'.join(text)
 
 # %% ../nbs/04_train.ipynb #b980126f
@@ -1336,9 +1513,14 @@ def join_others(cfg):
     if gpu: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     dist.init_process_group('nccl' if gpu else 'gloo')
 
+def ending(out, metrics)->str: # one line
+    "Is anything left to do in a run folder?"
+    if not metrics['finished']: return f'{Path(out).name}: time was up before the end; start it again to go on'
+    return f"{Path(out).name}: finished, nothing is left to do; a new run needs another run folder"
+
 def report(out, metrics):
     if not metrics: return  # of a rank that is not the first
-    click.echo(f"{out}: {metrics['model']}, {metrics['parameters']:,} parameters, trained on {metrics['data']}" + '; time was up before the end: start it again to go on'*(not metrics['finished']))
+    click.echo(f"{nearby(out)}: {metrics['model']}, {metrics['parameters']:,} parameters, trained on {metrics['data']}\n{ending(out, metrics)}")
     if 'scores' in metrics: click.echo(pd.DataFrame(metrics['scores']).T.round(4).to_string())
 
 def trains(out)->bool: # does anybody train in this run folder?
@@ -1346,21 +1528,36 @@ def trains(out)->bool: # does anybody train in this run folder?
         with FileLock(Path(out)/'lock', blocking=False): return False
     except Timeout: return True
 
-def ask_to_stop(out)->str: # what was done
-    "SIGTERM to the process that trains in a run folder, if one does"
-    if not trains(out): return f'{out}: nothing trains here'
-    by = json.loads((Path(out)/'status.json').read_text())
-    if by['host'] != socket.gethostname(): return f"{out}: trains on {by['host']}; there: kill {by['pid']}"
-    os.kill(by['pid'], signal.SIGTERM)
-    return f"{out}: process {by['pid']} saves after its step and stops; start the same run again to go on"
-
 # %% ../nbs/04_train.ipynb #597f2d72
+def runs_of(out)->list: # run folders
+    "The runs that a folder stands for: itself, the folds inside it, and those beside it of another fold or seed"
+    out = Path(out)
+    beside = out.parent.iterdir() if out.parent.is_dir() else ()
+    beside = [p for p in beside if p.name.startswith(out.name) and re.fullmatch(r'(-fold-?\d+)?(-seed\d+)?', p.name[len(out.name):])]
+    found = [out, *sorted(out.glob('fold*')), *sorted(p for p in beside if p != out)]
+    return [p for p in found if any((p/f).exists() for f in ('status.json','papermill.pid'))]
+
+def ask_to_stop(out)->str: # what was done
+    "SIGTERM to the process that trains in a run folder, or in one that it stands for"
+    alive = [p for p in runs_of(out) if trains(p)]
+    if not alive: return next((f'{p.name}: {said}' for p in runs_of(out) if 'starting' in (said := _launched(p))), f'{nearby(out)}: nothing trains here')
+    if len(alive) > 1 and Path(out) not in alive:
+        raise ValueError(f"several runs train: name one of {', '.join(nearby(p) for p in alive)}")
+    out = Path(out) if Path(out) in alive else alive[0]
+    by = json.loads((out/'status.json').read_text())
+    if by['host'] != socket.gethostname(): return f"{nearby(out)}: trains on {by['host']}; there: kill {by['pid']}"
+    os.kill(by['pid'], signal.SIGTERM)
+    return f"{nearby(out)}: process {by['pid']} saves after its step and stops; start the same run again to go on"
+
 def follow(out, every=5.):
-    "Print `watch`, again and again where somebody looks, until the run ends"
+    "Print `watch`, again and again where somebody looks, until the runs that a folder stands for have ended"
     while True:
-        text = watch(out)
+        runs = runs_of(out)
+        alive = [p for p in runs if trains(p) or 'starting' in _launched(p)]
+        newest = max(runs, key=lambda p: max(f.stat().st_mtime for f in p.iterdir()), default=Path(out))
+        text = '\n\n'.join(watch(p) for p in alive or [newest])
         click.echo(('\033[2J\033[H' if sys.stdout.isatty() else '') + text)
-        if not sys.stdout.isatty() or 'finished' in text.splitlines()[0]: return
+        if not sys.stdout.isatty() or not alive: return
         time.sleep(every)
 
 # %% ../nbs/04_train.ipynb #7a06fe41
