@@ -20,7 +20,7 @@ from matplotlib.patches import Arc
 from multiprocessing.connection import Pipe
 from numba import njit
 from pathlib import Path
-from threading import Lock,Thread
+from threading import Lock,Thread,Timer
 from torch import Tensor
 from typing import NamedTuple
 from .data import *
@@ -393,7 +393,12 @@ class Native(Engine):
     def where(cls): return f'ribo_nb, parameters {native_params()}'
     @staticmethod
     def seconds(n): return 2.5e-3*(n/177)**2.7
-    def prepare(self): self.pairs('GGGAAAACCC')  # compiles, so that children need not
+    def prepare(self): # compiles, so that children need not
+        say = Timer(3, click.echo, ['compiling the folding engine: once on this machine, up to a minute'], dict(err=True))
+        say.daemon = True
+        if not os.environ.get('TQDM_DISABLE'): say.start()
+        try: self.pairs('GGGAAAACCC')
+        finally: say.cancel()
 
     def pairs(self, sequence, threshold=0.):
         s = encode(sequence).astype(np.int64) - 1
@@ -943,6 +948,7 @@ class BppStore:
         device='cpu',
     )->Tensor: # (b l l), float32, padded with zeros to the longest
         "Dense, symmetric BPPs of a batch; ValueError for a sequence that is missing or a record that is damaged"
+        if not len(sequences): return torch.zeros(0, 0, 0, device=device)
         rows = self.rows(sequences)
         if (rows < 0).any() and len(self.files.refresh()): rows = self.rows(sequences)  # another process may have added them
         if (rows < 0).any():

@@ -235,7 +235,7 @@ def fit_weights(
     y, # (n m)
 )->np.ndarray: # >= 0, sum 1, (k)
     "The weights with the smallest mean absolute error"
-    k = len(preds)
+    if not (k := len(preds)) or not len(y): raise ValueError('no positions to fit weights on')
     if k == 1: return np.ones(1)
     p,y = preds.reshape(k, -1).astype(float),y.ravel().astype(float)
     def loss(w):
@@ -271,6 +271,7 @@ def calibrate(
     y, # measured, (n m)
 )->dict: # modifier → quantile → coefficients of `features`
     "Quantiles of measurement minus prediction, as functions of prediction and spread"
+    if not len(y): raise ValueError('no positions to calibrate on')
     qs = sorted({x for l in LEVELS for x in ((1-l)/2, (1+l)/2)})
     return {mod: {f'{q:.3f}': quantile_regression(features(pred[:,m], spread[:,m]), y[:,m]-pred[:,m], q).tolist() for q in qs} for m,mod in enumerate(MODS)}
 

@@ -1537,10 +1537,18 @@ def runs_of(out)->list: # run folders
     found = [out, *sorted(out.glob('fold*')), *sorted(p for p in beside if p != out)]
     return [p for p in found if any((p/f).exists() for f in ('status.json','papermill.pid'))]
 
+def _touched(out): # when a run last wrote what `watch` reads
+    names = 'papermill.pid','status.json','log.jsonl','metrics.json'
+    return max((out/n).stat().st_mtime_ns for n in names if (out/n).exists())
+
 def ask_to_stop(out)->str: # what was done
     "SIGTERM to the process that trains in a run folder, or in one that it stands for"
     alive = [p for p in runs_of(out) if trains(p)]
-    if not alive: return next((f'{p.name}: {said}' for p in runs_of(out) if 'starting' in (said := _launched(p))), f'{nearby(out)}: nothing trains here')
+    if not alive:
+        starting = [p for p in runs_of(out) if 'starting' in _launched(p)]
+        if not starting: return f'{nearby(out)}: nothing trains here'
+        os.kill(pid := int((starting[0]/'papermill.pid').read_text()), signal.SIGTERM)
+        return f'{nearby(starting[0])}: process {pid} is asked to end; it has not begun to train'
     if len(alive) > 1 and Path(out) not in alive:
         raise ValueError(f"several runs train: name one of {', '.join(nearby(p) for p in alive)}")
     out = Path(out) if Path(out) in alive else alive[0]
@@ -1554,7 +1562,7 @@ def follow(out, every=5.):
     while True:
         runs = runs_of(out)
         alive = [p for p in runs if trains(p) or 'starting' in _launched(p)]
-        newest = max(runs, key=lambda p: max(f.stat().st_mtime for f in p.iterdir()), default=Path(out))
+        newest = max(runs, key=_touched, default=Path(out))
         text = '\n\n'.join(watch(p) for p in alive or [newest])
         click.echo(('\033[2J\033[H' if sys.stdout.isatty() else '') + text)
         if not sys.stdout.isatty() or not alive: return

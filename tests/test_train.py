@@ -147,7 +147,7 @@ def test_every_tracker_without_network_or_token(mount, tmp_path, tracker, monkey
 
 def test_a_tracker_that_hangs_or_fails_stops_nothing(mount, tmp_path, capsys):
     cfg = make_cfg('cfg_demo', dict(tracker='neptune'))
-    def hangs(out, cfg): return (lambda line: time.sleep(60)),None
+    def hangs(out, cfg): return (lambda *line: time.sleep(60)),None
     def fails(out, cfg): raise OSError('no network')
     for sink in (hangs, fails):
         with tracking(cfg, tmp_path, dict(neptune=sink)) as put:
