@@ -1249,7 +1249,10 @@ def write_holdout(
     test = pd.DataFrame(dict(id_min=np.r_[0, end[:-1]], id_max=end-1, sequence_id=t.sequence_id.to_numpy(),
                              sequence=t.sequence.to_numpy(), future=0, dataset_name=t.dataset_name.to_numpy()))
     react = np.concatenate([store[i][0] for i in rows])
-    good = np.repeat(t[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy(), t.sequence.str.len())
+    passes = np.repeat(store.SN_filter[rows], t.sequence.str.len(), axis=0)  # positions m
+    good = passes.all(1)
+    if not (passes & ~np.isnan(react)).all(1).any():  # no position has both: each modifier counts where it was measured
+        react,good = np.where(passes, react, np.nan),passes.any(1)
     solution = pd.DataFrame(dict(id=np.arange(end[-1]), reactivity_DMS_MaP=react[:,1].clip(0, 1),
                                  reactivity_2A3_MaP=react[:,0].clip(0, 1), Usage=np.where(good, 'Private', 'Ignored')))
     with atomic(Path(folder)/'test_sequences.csv') as p: test.to_csv(p, index=False)

@@ -516,12 +516,14 @@ def set_figures(table, measured):
     if known := [k for k,s in enumerate(table.sequence) if s in measured]:
         reacts = [measured[table.sequence[k]] for k in known]
         yield 'predicted',plot_pred([preds[k] for k in known], reacts, f'{len(known)} of {len(table)} RNAs have been measured')
-        yield 'errors',plot_errors(error_by([table.sequence[k] for k in known], [preds[k] for k in known], reacts))
+        by = error_by([table.sequence[k] for k in known], [preds[k] for k in known], reacts)
+        if any(by.values()): yield 'errors',plot_errors(by, 'mean absolute error')
 
 def error_by(sequences, preds, reacts)->dict: # nucleotide, structural context → name → MAE over both modifiers
-    "Where predictions are wrong: by nucleotide and by structural context (of ViennaRNA's mfe)"
+    "Where predictions are wrong (where no position has both modifiers: under the one that it has): by nucleotide and by structural context (of ViennaRNA's mfe)"
     if not len(preds): raise ValueError('no profiles to compare')
-    wrong = np.abs(np.concatenate(preds) - np.concatenate(reacts).clip(0, 1)).mean(1)
+    wrong = np.abs(np.concatenate(preds) - np.concatenate(reacts).clip(0, 1))  # positions m
+    wrong = wrong.mean(1) if (~np.isnan(wrong)).all(1).any() else pd.DataFrame(wrong).mean(axis=1).to_numpy()
     nt = np.array(list(''.join(sequences)))
     ctx = np.array(CONTEXTS)[np.concatenate([contexts(dot_bracket(s)) for s in sequences])]
     return {k: pd.Series(wrong).groupby(g).mean().dropna().to_dict() for k,g in (('nucleotide', nt), ('structural context', ctx))}

@@ -279,6 +279,22 @@ def test_one_modifier_is_trained_and_its_score_is_named(dms, tmp_path):
                                            tmp_path/'o.csv').output
 
 
+def test_a_solution_with_one_modifier_is_scored_by_it(dms, tmp_path):
+    store = data.Store(dms/'store.parquet')
+    data.write_holdout(store, 0, tmp_path)
+    solution = pd.read_parquet(tmp_path/'solution.parquet')
+    sub = pd.DataFrame(dict(id=solution.id, reactivity_DMS_MaP=np.float32(.25), reactivity_2A3_MaP=np.float32(.5)))
+    sub.to_parquet(tmp_path/'sub.parquet', index=False)
+    r = invoke('ribo_score', tmp_path/'sub.parquet', tmp_path/'solution.parquet', '--test',
+               tmp_path/'test_sequences.csv', '--figure', tmp_path/'f.png')
+    assert r.exit_code == 0 and 'this is the MAE of DMS, not the official score' in r.output
+    rows = data.held_out(store, 0)
+    truth = np.concatenate([store[i][0][:, 1].clip(0, 1) for i in rows if store.SN_filter[i, 1]])
+    t = score.score_files([tmp_path/'sub.parquet'], tmp_path/'solution.parquet').iloc[0]
+    assert abs(t['MAE of DMS'] - np.nanmean(np.abs(truth - .25))) < 1e-6
+    assert t.positions == (~np.isnan(truth)).sum()
+
+
 def test_modifiers_measured_on_different_rnas_are_scored_each_where_it_was_measured(mount, tmp_path):
     raw = pd.read_parquet(mount/'raw.parquet')
     half = raw.sequence.isin(raw.sequence.unique()[::2])
