@@ -975,9 +975,9 @@ import pyarrow as pa,pyarrow.parquet as pq
 
 # %% ../nbs/04_train.ipynb #7a2b3c04
 def nearby(path)->str: # for messages
-    "A path as seen from the working directory, where it lies inside"
-    path,here = Path(path).absolute(),Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    "A path as seen from the working directory, where it lies in the same project"
+    path = Path(path).absolute()
+    return os.path.relpath(path) if path.is_relative_to(datamount().parent) else str(path)
 
 def stores_here()->list: # paths
     "The stores in datamount/parquet, without samples of simulated profiles"
