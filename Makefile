@@ -9,7 +9,8 @@ NAME   := $(if $(DATA),$(firstword $(subst ., ,$(notdir $(DATA)))),simulated)-$(
 STORE  := datamount/parquet/$(NAME).parquet
 TEST   := datamount/parquet/$(NAME)-fold0
 DEMO   := datamount/runs/cfg_demo$(if $(DATA)$(filter-out 1000,$(N)),-$(NAME))
-RUN    ?= datamount/runs/$(CFG)
+OVERRIDES ?= {}
+RUN    ?=
 SUB    := datamount/submission/$(NAME).parquet
 .PHONY: help install demo test check export run train watch stop board lab docs bench clean
 
@@ -32,15 +33,17 @@ export: install  ## nbs/ → ribo_nb/, and clean the notebooks
 run: export  ## execute all notebooks in place: their outputs are committed
 	TQDM_DISABLE=1 $B/jupyter execute --inplace nbs/0*.ipynb && $B/nbdev_clean
 train: install  ## papermill run of CFG=cfg_0 on DATA=datamount/parquet/....parquet, in the background; run it again to go on
-	@mkdir -p $(RUN)
-	@$$(command -v setsid) nohup $B/papermill --no-progress-bar --log-output --autosave-cell-every 30 nbs/04_train.ipynb $(RUN)/train.ipynb -p cfg $(CFG) -p run $(RUN) $(if $(DATA),-p data "$(DATA)") > $(RUN)/papermill.log 2>&1 < /dev/null &
-	@echo "$(CFG) trains in the background, also when this terminal, browser or JupyterLab is closed"
-	@echo "  follow: make watch CFG=$(CFG)        log: $(RUN)/papermill.log        notebook: $(RUN)/train.ipynb"
-	@echo "  stop:   make stop CFG=$(CFG)         it saves first; the same make train goes on"
+	@run=$$($B/ribo_train $(CFG) --dry-run --overrides '$(OVERRIDES)' $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)")) || exit 1; \
+	mkdir -p "$$run"; \
+	$$(command -v setsid) nohup $B/papermill --no-progress-bar --log-output --autosave-cell-every 30 nbs/04_train.ipynb "$$run/train.ipynb" -r cfg $(CFG) -r run "$$run" -r overrides '$(OVERRIDES)' $(if $(DATA),-r data "$(DATA)") > "$$run/papermill.log" 2>&1 < /dev/null & \
+	echo $$! > "$$run/papermill.pid"; \
+	echo "$(CFG) trains in the background, also when this terminal, browser or JupyterLab is closed"; \
+	echo "  follow: make watch RUN=$$run        log: $$run/papermill.log        notebook: $$run/train.ipynb"; \
+	echo "  stop:   make stop RUN=$$run         it saves first; the same make train goes on"
 watch: install  ## progress, speed, time left and loss of the run of CFG
-	$B/ribo_train --watch $(RUN)
+	$B/ribo_train --watch $(or $(RUN),datamount/runs/$(CFG))
 stop: install  ## ask the run of CFG to save and stop
-	$B/ribo_train --stop $(RUN)
+	$B/ribo_train --stop $(or $(RUN),datamount/runs/$(CFG))
 board: install  ## the web page of tensorboard for all runs with tracker=tensorboard
 	$B/python -c 'import tensorboard' 2>/dev/null || $B/uv pip install -q --python $B/python -c constraints.txt tensorboard
 	$B/tensorboard --logdir datamount/runs

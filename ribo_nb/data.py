@@ -261,6 +261,7 @@ def simulate(
     n_col:int=206, # reactivity columns, as many as Kaggle's table has
 )->pd.DataFrame: # Kaggle's wide table, two rows per measured sequence
     "SIMULATED profiles in Kaggle's `train_data` format; same `n` and `seed`, same table"
+    if n < 1: raise ValueError(f'{n} sequences to simulate, expected 1 or more')
     rng = np.random.default_rng(seed)
     lib,rows,values = _library(rng, n),[],[]
     for i,(s,name) in enumerate(progress(zip(lib.sequence, lib.dataset_name), 'simulate', len(lib), 'seq')):
@@ -860,6 +861,7 @@ def length_folds(
 )->np.ndarray: # fold of each row: 0 long, 1 short, int16, (n)
     "Whole families by the length of their longest member: train short (1), validate long (0)"
     family,length = np.asarray(family),np.asarray(length)
+    if not len(family): raise ValueError('no rows to split into folds')
     longest = np.zeros(family.max()+1, np.int64)
     np.maximum.at(longest, family, length)
     longest = longest[family]
@@ -1141,6 +1143,7 @@ def plot_heatmap(
     title:str='',
 )->plt.Figure:
     "Profiles of many sequences as two heat maps, 2A3 above DMS, grey where not measured"
+    if not len(reacts): raise ValueError('no profiles to draw')
     width = max(len(r) for r in reacts)
     img = np.full((2, len(reacts), width), np.nan)
     for k,r in enumerate(reacts): img[:, k, :len(r)] = r.T
@@ -1160,8 +1163,8 @@ def collate(
     bpp=None, # function: list of sequences → (b l l) tensor, padded to the longest
 )->dict: # seq (b l), mask (b l), bpp (b l l)
     "What every model needs to predict"
-    length = np.array([len(s) for s in seqs])
-    mask = np.arange(length.max()) < length[:,None]
+    length = np.array([len(s) for s in seqs], int)
+    mask = np.arange(length.max(initial=0)) < length[:,None]
     seq = np.zeros(mask.shape, np.int64)
     seq[mask] = encode(''.join(seqs))
     import torch  # here, because only batches need it and importing it takes two seconds and 180 MB
@@ -1190,7 +1193,7 @@ def training_batch(
 )->dict: # `collate` plus react, react_err (b l m), sn, SN_filter (b m)
     "What training needs on top: profiles and how far to trust them"
     import torch
-    rows = np.asarray(rows)
+    rows = np.asarray(rows, int)
     profile,start = store.read(rows)
     shape = len(rows),int(np.diff(start).max(initial=0))
     arrays = dict(seq=np.empty(shape, np.int64), mask=np.empty(shape, bool),
@@ -1212,7 +1215,7 @@ def epoch_batches(
     world:int=1, # processes that share each batch
 )->list: # arrays of positions in `length`; together, over all ranks, every position exactly once
     "Batches of similar length in an order that depends on (seed, epoch) only"
-    length = np.asarray(length)
+    length = np.asarray(length, int)  # also when there is none
     width = 1 if seed is None else 16  # nucleotides per bucket
     rng = np.random.default_rng([seed or 0, epoch])
     order = np.arange(len(length)) if seed is None else rng.permutation(len(length))
@@ -1262,7 +1265,10 @@ def write_holdout(
     test = pd.DataFrame(dict(id_min=np.r_[0, end[:-1]], id_max=end-1, sequence_id=t.sequence_id.to_numpy(),
                              sequence=t.sequence.to_numpy(), future=0, dataset_name=t.dataset_name.to_numpy()))
     react = np.concatenate([store[i][0] for i in rows])
-    good = np.repeat(t[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy(), t.sequence.str.len())
+    passes = np.repeat(store.SN_filter[rows], t.sequence.str.len(), axis=0)  # positions m
+    good = passes.all(1)
+    if not (passes & ~np.isnan(react)).all(1).any():  # no position has both: each modifier counts where it was measured
+        react,good = np.where(passes, react, np.nan),passes.any(1)
     solution = pd.DataFrame(dict(id=np.arange(end[-1]), reactivity_DMS_MaP=react[:,1].clip(0, 1),
                                  reactivity_2A3_MaP=react[:,0].clip(0, 1), Usage=np.where(good, 'Private', 'Ignored')))
     with atomic(Path(folder)/'test_sequences.csv') as p: test.to_csv(p, index=False)

@@ -49,6 +49,7 @@ class Ensemble(nn.Module):
         seen:dict|None=None, # what the members have learnt from, as `seen_in` tells it; None: nobody knows
     ):
         super().__init__()
+        if not len(members): raise ValueError('no members: an ensemble has one model or more')
         self.members,self.cfgs,self.paths = nn.ModuleList(members),list(cfgs),list(paths)
         self.flip,self.dtype,self.calibration,self.raw = flip,dtype,calibration,raw
         self.seen = seen
@@ -534,6 +535,7 @@ def _rdat_kit():
 
 def write_rdat(table:pd.DataFrame, path):
     "The table of `predict` as RDAT 0.34: a row per RNA and modifier, spreads as errors"
+    if not len(table): raise ValueError(f'{path}: no RNAs to write')
     r,best = _rdat_kit(),table.sequence[table.sequence.map(len).idxmax()]
     n,rows,errs,notes = len(best),[],[],[]
     fill = lambda x: np.r_[x, np.full(n-len(x), np.nan)]
@@ -595,11 +597,14 @@ def set_figures(table, measured, total=0): # of how many RNAs these are the firs
     if known := [k for k,s in enumerate(table.sequence) if s in measured]:
         reacts = [measured[table.sequence[k]] for k in known]
         yield 'predicted',plot_pred([preds[k] for k in known], reacts, f'{len(known)} of {len(table)} RNAs have been measured')
-        yield 'errors',plot_errors(error_by([table.sequence[k] for k in known], [preds[k] for k in known], reacts))
+        by = error_by([table.sequence[k] for k in known], [preds[k] for k in known], reacts)
+        if any(by.values()): yield 'errors',plot_errors(by, 'mean absolute error')
 
 def error_by(sequences, preds, reacts)->dict: # nucleotide, structural context → name → MAE over both modifiers
-    "Where predictions are wrong: by nucleotide and by structural context (of ViennaRNA's mfe)"
-    wrong = np.abs(np.concatenate(preds) - np.concatenate(reacts).clip(0, 1)).mean(1)
+    "Where predictions are wrong (where no position has both modifiers: under the one that it has): by nucleotide and by structural context (of ViennaRNA's mfe)"
+    if not len(preds): raise ValueError('no profiles to compare')
+    wrong = np.abs(np.concatenate(preds) - np.concatenate(reacts).clip(0, 1))  # positions m
+    wrong = wrong.mean(1) if (~np.isnan(wrong)).all(1).any() else pd.DataFrame(wrong).mean(axis=1).to_numpy()
     nt = np.array(list(''.join(sequences)))
     ctx = np.array(CONTEXTS)[np.concatenate([contexts(dot_bracket(s)) for s in sequences])]
     return {k: pd.Series(wrong).groupby(g).mean().dropna().to_dict() for k,g in (('nucleotide', nt), ('structural context', ctx))}
@@ -617,7 +622,7 @@ def all_figures(table, bpp, measured, model=None, most=20, total=0):
     for k,row in enumerate(table.head(most).to_dict('records'), 1):
         stem = f"{k:02d}_{re.sub('[^A-Za-z0-9_.-]', '_', str(row['name']))[:60]}"
         for name,fig in rna_figures(row, bpp([row['sequence']])[0], measured.get(row['sequence'])): yield f'{stem}_{name}',f"{row['name']}: {name}",fig
-    if model is not None: yield 'mutate_and_map','Mutate and map',mutate_and_map(model, table.sequence[0], f'{plain(table.name[0])}: predicted mutate-and-map')
+    if model is not None and len(table): yield 'mutate_and_map','Mutate and map',mutate_and_map(model, table.sequence[0], f'{plain(table.name[0])}: predicted mutate-and-map')
 
 def write_figures(figures, folder)->list: # (name, title, path)
     "Each of (name, title, figure) as PNG"

@@ -221,6 +221,7 @@ def plot_mutate_map(
     title:str='',
 )->plt.Figure:
     "Change of reactivity with each mutation, 2A3 and DMS; the mutated position is the diagonal"
+    if len(preds) < 2: raise ValueError('no mutants to draw')
     change = np.stack(preds[1:]) - preds[0]
     fig,axs = plt.subplots(1, 2, figsize=(9, 4.6), layout='constrained', sharey=True)
     for m,ax in enumerate(axs):

@@ -142,7 +142,7 @@ def test_a_tracker_that_hangs_or_fails_stops_nothing(mount, tmp_path, capsys):
     cfg = make_cfg('cfg_demo', dict(tracker='neptune'))
     taken, released = [], threading.Event()
     def hangs(out, cfg):
-        def sink(line):
+        def sink(*line):
             taken.append(line)
             released.wait(60)
         return sink, lambda: None
