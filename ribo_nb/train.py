@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
-           'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'INSTALL', 'check_parameters', 'as_declared', 'skip_lessons',
-           'injected', 'model_args', 'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary',
-           'absolute_errors', 'official_mae', 'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'learnable',
-           'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows', 'errors', 'score', 'headline',
-           'score_by', 'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered',
-           'like', 'Average', 'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress',
-           'score_line', 'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'Trainer', 'train',
-           'read_log', 'diagnose', 'sample_store', 'nearby', 'stores_here', 'choose_data', 'data_name', 'run_folder',
-           'folding', 'check_trainable', 'check_scorable', 'alone', 'train_run', 'record', 'measure', 'mae_name',
-           'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap',
-           'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'ending', 'report', 'trains', 'runs_of',
-           'ask_to_stop', 'follow', 'launch']
+           'OFFICIAL', 'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'INSTALL', 'check_parameters', 'as_declared',
+           'skip_lessons', 'injected', 'model_args', 'Cfg', 'default', 'unread', 'check_read', 'only_read', 'make_cfg',
+           'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae', 'thin',
+           'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'learnable', 'masked_mae', 'resolve', 'to_device',
+           'predict_sequences', 'predict_rows', 'errors', 'score', 'headline', 'score_by', 'save', 'load_checkpoint',
+           'fits', 'latest', 'load_model', 'first_weights', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average',
+           'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'score_line',
+           'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'triplets', 'seen_in', 'Trainer',
+           'train', 'read_log', 'diagnose', 'sample_store', 'nearby', 'stores_here', 'choose_data', 'data_name',
+           'run_folder', 'folding', 'check_trainable', 'check_scorable', 'alone', 'train_run', 'record', 'measure',
+           'mae_name', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune',
+           'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'ending', 'report', 'trains',
+           'runs_of', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
 import click,numpy as np,pandas as pd,ribo_nb,torch
 import matplotlib.pyplot as plt,seaborn as sns
-from contextlib import contextmanager,nullcontext
+from contextlib import contextmanager,nullcontext,suppress
 from datetime import date,datetime,timezone
 from dataclasses import asdict,dataclass,field,fields,replace
 from filelock import FileLock,Timeout
@@ -118,7 +119,7 @@ class Cfg:
     checkpoint:bool=False # keep less for the backward pass, compute it again?
     compile:bool=False # torch.compile; needs a C++ compiler, or a GPU with triton
     graph:bool=False # on one GPU: record a step once for each shape of batch, then replay it
-    start:str='' # checkpoint whose weights the run begins with; '': random ones
+    start:str='' # checkpoint, or the official RibonanzaNet.pt, whose weights the run begins with; '': random ones
     fold:int=0 # held out for validation; -1: train on everything
     engine:str='native' # of the base-pair probabilities
     engine_params:str='' # first 8 digits of the SHA-256 of its parameter file; '' takes what is found, and a run records it
@@ -162,9 +163,7 @@ class Cfg:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if self.shard and self.precision == 'fp16': raise ValueError("Cfg.shard needs precision bf16 or fp32, not fp16")
-        for name in _switches - set(model_args(self)):
-            if getattr(self, name) != Cfg.__dataclass_fields__[name].default:
-                raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, but {self.model} has no such switch")
+        check_read(self, _switches)
 
 # %% ../nbs/04_train.ipynb #6413bc3a
 _unlike = {'save_minutes','time_budget','tracker','graph'}  # two starts of one run may differ in these
@@ -173,6 +172,43 @@ _ranges = dict(d_model=(1, 4096), n_layer=(1, 200), n_head=(1, 256), kernel_size
                n_epoch=(1, 10**6), batch_size=(1, 10**6), accumulate=(1, 10**6), ema=(0, 1-1e-9), sgd_epochs=(0, 10**6), sgd_lr=(0, 10), time_budget=(0, 1e5), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4), score_every=(1, 10**6))
 _choices = dict(model=tuple(models), **choices | dict(bpp=(*choices['bpp'], 'product')), engine=tuple(engines), weight=('none','SN_filter','log1p','clip'), schedule=('cosine','onecycle'), tracker=('none','tensorboard','neptune'),
                 precision=('auto','fp32','bf16','fp16'), device=('auto','cpu','cuda'))
+
+# %% ../nbs/04_train.ipynb #5d0c7e1a
+def default(name): # of a field of Cfg
+    return Cfg.__dataclass_fields__[name].default
+
+def unread(
+    cfg:Cfg,
+)->dict: # field → why
+    "The fields that nothing reads in a run of this configuration"
+    known = model_args(cfg)
+    of_models = {name for model in models.values() for name in inspect.signature(model).parameters}
+    others = of_models & Cfg.__dataclass_fields__.keys() - known.keys()
+    why = {name: f'{cfg.model} does not read it' for name in others}
+    if 'pair_track' in known and not cfg.pair_track:
+        why['d_pair'] = f'{cfg.model} reads it only with pair_track=true'
+    if not cfg.sgd_epochs:
+        why['sgd_lr'] = 'it is read only with sgd_epochs'
+    if cfg.accumulate > 1:
+        why['graph'] = f'only whole batches are recorded, and here accumulate is {cfg.accumulate}'
+    return why
+
+def check_read(
+    cfg:Cfg,
+    given, # names of the fields to look at
+):
+    "Raise ValueError, with what the model does read, when a field is not at its default and nothing reads it"
+    why = unread(cfg)
+    for name in (f.name for f in fields(Cfg)):
+        if name in given and name in why and getattr(cfg, name) != default(name):
+            known = ', '.join(k for k in Cfg.__dataclass_fields__ if k in model_args(cfg) and k not in why)
+            raise ValueError(f"Cfg.{name} is {getattr(cfg, name)!r}, but {why[name]}: leave it at {default(name)!r}. The "
+                             f"model {cfg.model} reads {known}")
+
+def only_read(cfg:Cfg)->Cfg:
+    "The same configuration with everything that nothing reads at its default"
+    return replace(cfg, **{name: default(name) for name in unread(cfg)})
+
 
 # %% ../nbs/04_train.ipynb #76cbb981
 cfg_0 = Cfg()  # the Squeezeformer, full data
@@ -202,7 +238,9 @@ def make_cfg(
         raise ValueError(f"overrides {overrides!r} are not a JSON object: write for example '{{\"lr\": 1e-3}}'")
     if unknown := sorted(set(o) - set(Cfg.__dataclass_fields__)):
         raise ValueError(f"Cfg has no field {', '.join(unknown)}, its fields are: {', '.join(Cfg.__dataclass_fields__)}")
-    return replace(named, **o)
+    cfg = replace(named, **o)
+    check_read(cfg, o)
+    return only_read(cfg)  # kernel_size comes from cfg_demo also where another model was chosen
 
 # %% ../nbs/04_train.ipynb #d6f700aa
 def build(
@@ -500,13 +538,32 @@ def load_model(
     path,
     raw:bool=False, # the last weights instead of their running average, where a run kept both
 )->tuple: # model with its weights, Cfg
-    "The model of a checkpoint, from its own configuration"
+    "The model of a checkpoint, from its own configuration; or the official RibonanzaNet"
+    if is_official(path): return _official_model(path),OFFICIAL
     ck = load_checkpoint(path)
     model,learnt = build(ck['cfg']),ck.get('learnt', MODS)
     if unknown := [m for m in MODS if m not in learnt]:
         click.echo(f"{path}: has learnt {' and '.join(learnt)} only; what it predicts for {' and '.join(unknown)} means nothing", err=True)
     with fits(path): model.load_state_dict(ck['raw'] if raw and 'raw' in ck else ck['model'])
+    model.seen = ck.get('seen')  # what it has learnt from, where its run has written that down
     return model,ck['cfg']
+
+# %% ../nbs/04_train.ipynb #5d0c7e12
+OFFICIAL = replace(cfg_ribonanzanet, fold=-1)  # of the official RibonanzaNet.pt
+
+def _official_model(path):
+    model = load_official(path)
+    # Ribonanza's training set: 115 to 206 nt, whose first 26 and last 20 nt are blank
+    model.seen = dict(shortest=115, longest=206, start=26, end=20, triplets=0.)
+    return model
+
+def first_weights(cfg:Cfg)->dict: # name of a parameter → tensor
+    "The weights of `cfg.start`: a checkpoint of ours, or the official RibonanzaNet.pt"
+    if not is_official(cfg.start): return load_checkpoint(cfg.start)['model']
+    if cfg.model != 'ribonanzanet':
+        raise ValueError(f"Cfg.start is {cfg.start}, the official weights of a RibonanzaNet, and the model is "
+                         f"{cfg.model}: start cfg_ribonanzanet with them")
+    return load_official(cfg.start, cfg.quirks).state_dict()
 
 # %% ../nbs/04_train.ipynb #d557ad8c
 def lr_at(
@@ -739,7 +796,7 @@ def _load_last(trainer):
     if not ck:
         if not rank: log.write_text('')
         return opt,avg,pos
-    check_same(out, asdict(ck['cfg']), asdict(cfg), _unlike)
+    check_same(out, asdict(ck['cfg']), asdict(cfg), _unlike | unread(cfg).keys())
     with fits(out/'last.pt'):
         _set_states(cfg, model, opt, avg, ck)
         if ck['scaler']: trainer.scaler.load_state_dict(ck['scaler'])  # empty after bf16 or fp32
@@ -763,12 +820,19 @@ class Stopped(KeyboardInterrupt):
     "A run was asked to stop, and everything is saved"
 
 @contextmanager
-def stoppable():
+def stoppable(
+    got=None, # the list of one that is in force already: what that one has heard counts
+):
     "Yields a list that holds a signal's name once SIGTERM or SIGINT arrived; outside the main thread it stays empty"
-    got,old = [],{}
+    got,old = [] if got is None else got,{}
+    def hear(number, _):
+        got.append(signal.Signals(number).name)
+        if len(got) > 1: return
+        with suppress(RuntimeError):  # it may have come in the middle of another message
+            click.echo(f'{got[0]}: stops as soon as what is under way is done and saved', err=True)
     try:
         for s in (signal.SIGTERM, signal.SIGINT):
-            old[s] = signal.signal(s, lambda n,_: got.append(signal.Signals(n).name))
+            old[s] = signal.signal(s, hear)
     except ValueError: pass  # not the main thread: signals are somebody else's
     try: yield got
     finally:
@@ -783,6 +847,30 @@ def training_rows(store, cfg, epoch=0)->np.ndarray: # row numbers; in each epoch
     if not cfg.one_each: return rows
     rows = np.random.default_rng([cfg.seed, epoch, 2]).permutation(rows)
     return rows[np.unique(pd.factorize(store.rows.sequence)[0][rows], return_index=True)[1]]
+
+# %% ../nbs/04_train.ipynb #3b6f90a2
+def triplets(sequence:str)->float: # 1: as many as fit in, near 0: a repeat
+    "Share of different words of three nucleotides in a sequence"
+    n = len(sequence) - 2
+    words = {sequence[i:i+3] for i in range(n)}
+    return len(words)/min(n, 64) if n > 0 else 1.
+
+def seen_in(
+    store:Store,
+    rows:np.ndarray, # row numbers
+    most:int=10_000, # rows whose profiles are looked at
+)->dict: # shortest, longest, start, end (nt), triplets
+    "What somebody who learns from these rows has seen: lengths, blank ends, the most repetitive sequence"
+    length = store.rows.sequence.iloc[rows].str.len()
+    some = rows[::len(rows)//most + 1]
+    start,end = int(length.max()),int(length.max())
+    for i in some:
+        known = np.flatnonzero(~np.isnan(store[i][0]).all(1))
+        if not len(known): continue
+        start = min(start, int(known[0]))
+        end = min(end, int(store.start[i+1] - store.start[i] - 1 - known[-1]))
+    least = min(triplets(s) for s in store.rows.sequence.iloc[some])
+    return dict(shortest=int(length.min()), longest=int(length.max()), start=start, end=end, triplets=least)
 
 # %% ../nbs/04_train.ipynb #3af7cec8
 class Trainer:
@@ -896,19 +984,33 @@ class Trainer:
         raise ValueError(f"{self.out}: {PATIENCE} steps in a row gave a loss or gradient that is not finite. `ribo_train --diagnose {path}` names "
                          f"the part of the model where it begins; a lower lr, or precision fp32, may help")
 
-    def run(self)->bool: # was it finished? else time was up
+    def asked(self, stop)->bool: # to stop, with something to save: FSDP has no optimizer's state before a first step
+        return self.agree(stop)[0] and not (self.cfg.shard and not self.pos.step)
+
+    def save_and_stop(self, stop):
+        "Save, and end the run with a message that says what is kept"
+        self.save()
+        pos,last = self.pos,self.out/'last.pt'
+        where = f'at step {pos.step} of {self.epochs*self.per_epoch}' if pos.step else 'before the first step, with the first weights'
+        raise Stopped(f"{stop[0] if stop else 'another process'}: stopped {where}, saved to {last}; start the same run again to go on")
+
+    def run(self,
+        stop=None, # list of a `stoppable` that is in force already
+    )->bool: # was it finished? else time was up
         "Train, or go on training"
         pos,total,late = self.pos,self.epochs*self.per_epoch,False
-        with stoppable() as stop, progress(desc=self.out.name, total=total, initial=pos.step, unit='step') as bar:
+        with stoppable(stop) as stop, progress(desc=self.out.name, total=total, initial=pos.step, unit='step') as bar:
             while pos.epoch < self.epochs and not late:
+                if self.asked(stop): self.save_and_stop(stop)  # while RNAs were folded, or the held-out fold was scored
                 for batch in self.load(pos.epoch):
+                    if world()[1] == 1 and self.asked(stop): self.save_and_stop(stop)  # while the batch was made
                     norm = self.step(batch)
                     bar.update()
                     if pos.step % self.log_every == 0:
                         self.log(line := pos.line(self.opt.param_groups[0]['lr'], norm)); bar.set_postfix(loss=line['loss'], refresh=False)
                     stopped,due,late = self.agree(stop)
-                    if stopped or due or late: self.save()
-                    if stopped: raise Stopped(f"{stop[0] if stop else 'another process'}: stopped at step {pos.step}, saved to {self.out/'last.pt'}; start the same run again to go on")
+                    if stopped: self.save_and_stop(stop)
+                    if due or late: self.save()
                     if late: break
                 else: self.end_epoch()
         self.save_best()
@@ -918,7 +1020,9 @@ class Trainer:
         "Weights for prediction; with a running average, that is what predicts, and the raw ones are kept beside it"
         now = _states(self.cfg, self.model, self.opt, self.avg)
         weights = dict(model=now['average']['weights'], raw=now['model']) if self.avg else dict(model=now['model'])
-        if not world()[0]: save(self.out/'best.pt', self.cfg, learnt=learnable(self.store, self.rows, self.cfg.weight), **weights)
+        if not world()[0]:
+            about = dict(learnt=learnable(self.store, self.rows, self.cfg.weight), seen=seen_in(self.store, self.rows))
+            save(self.out/'best.pt', self.cfg, **weights, **about)
 
 # %% ../nbs/04_train.ipynb #c512671e
 def train(cfg, model, store, bpp, out, **how)->list: # the log; arguments as `Trainer`
@@ -1043,6 +1147,7 @@ def check_trainable(
 )->list: # remarks: what is missing, and what that means
     "Raise ValueError, before anything is written, when there is nothing to learn from or nothing to score"
     rows,valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
+    if cfg.start: first_weights(cfg)  # a wrong file is found before anything is folded
     if not (learnt := learnable(store, rows, cfg.weight)):
         raise ValueError(f"{store.path}: the {len(rows)} rows outside fold {cfg.fold} hold no profile to learn from "
                          f"(with weight={cfg.weight!r}): another fold, another weight, or more data")
@@ -1093,6 +1198,7 @@ def train_run(
     brief:bool=False, # leave out the lookups and the figures, when there are many short runs?
 )->dict: # the metrics, also in metrics.json; empty in other processes than the first
     "One run from beginning to end, or from where it stopped to the end"
+    check_read(cfg, asdict(cfg))
     deadline = time.monotonic() + .95*3600*cfg.time_budget if cfg.time_budget else math.inf
     out,first = Path(out or datamount()/'runs'/'run'),not world()[0]
     store,eng = Store(sample_store() if str(data) == 'simulated' else data),folding(cfg)
@@ -1100,10 +1206,11 @@ def train_run(
     remarks = check_trainable(store, cfg)
     with alone(out) if first else nullcontext():
         if first: record(cfg, store, out); click.echo('\n'.join([f'data: {data_name(store)}, {len(store):,} rows', *remarks]))
-        bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng)),_fresh(cfg)
         with tracking(cfg, out) as sink:
-            trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
-            finished = trainer.run()
+            with stoppable() as stop:
+                bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng), stop),_fresh(cfg)
+                trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
+                finished = trainer.run(stop)
             metrics = measure(trainer, brief) | dict(finished=finished)
             if not first: return {}
             with atomic(out/'metrics.json') as p: p.write_text(json.dumps(metrics, indent=1))
@@ -1112,9 +1219,13 @@ def train_run(
     return metrics
 
 # %% ../nbs/04_train.ipynb #a901a081
-def _folded(store, bpp):
-    "The BPPs of all rows, folded by one process where they are missing"
-    if not world()[0]: bpp.fill(store.rows.sequence)
+def _folded(store, bpp, stop=()):
+    "The BPPs of all rows, folded by one process where they are missing; fewer when somebody asks to `stop`"
+    def look():
+        if stop: raise Stopped
+    if not world()[0]:
+        try: bpp.fill(store.rows.sequence, tick=look)
+        except Stopped: click.echo(f"{stop[0]}: folding has stopped; the base-pair probabilities of {len(bpp)} RNAs are kept", err=True)
     if dist.is_initialized(): dist.barrier()
     bpp.files.refresh()
     return bpp
@@ -1123,7 +1234,8 @@ def _fresh(cfg):
     "A model with its first weights, where it will be trained"
     model = build(cfg)
     if cfg.start:
-        with fits(cfg.start): model.load_state_dict(load_checkpoint(cfg.start)['model'])
+        weights = first_weights(cfg)
+        with fits(cfg.start): model.load_state_dict(weights)
     model.to(resolve(cfg)[0])
     torch.manual_seed(cfg.seed + world()[0])  # each process drops something else
     if cfg.compile: compile_blocks(model)
@@ -1146,7 +1258,7 @@ def record(cfg, store, out):
             raise ValueError(f"{out/'cfg.json'}: is not JSON ({e}): put the right one back, or choose another run "
                              f"folder") from e
         for k in new:
-            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike)
+            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike | unread(cfg).keys())
     length,epochs = store.rows.sequence.str.len().to_numpy()[training_rows(store, cfg)],cfg.n_epoch + cfg.sgd_epochs
     status = dict(pid=os.getpid(), host=socket.gethostname(), processes=world()[1], data=data_name(store), sequences=len(length)*epochs,
                   steps=epochs*len(epoch_batches(length, cfg.tokens, cfg.seed)))
