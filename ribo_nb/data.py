@@ -6,15 +6,16 @@
 __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'UNPACK', 'NO_TEXT', 'BLOCK', 'NOTHING', 'STORE_VERSION',
            'SPLITS', 'COLORS', 'encode', 'decode', 'datamount', 'check_target', 'atomic', 'progress', 'Command',
            'contexts', 'wide_columns', 'sequence_id', 'simulate', 'is_parquet', 'readable', 'writable', 'open_zip',
-           'by_first_bytes', 'open_unpacked', 'is_table', 'csv_header', 'csv_error', 'not_a_number', 'csv_batches',
-           'parquet_batches', 'table_batches', 'check_columns', 'text_tables', 'plain_type', 'read_table', 'numbers',
-           'raw_columns', 'is_text', 'as_text', 'as_numbers', 'ahead', 'read_raw', 'pair_profiles', 'families',
-           'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool', 'write_store', 'Store', 'plot_profile',
+           'by_first_bytes', 'open_unpacked', 'open_text', 'is_table', 'csv_delimiter', 'csv_header', 'csv_error',
+           'not_a_number', 'csv_batches', 'open_parquet', 'counted_columns', 'parquet_batches', 'table_batches',
+           'column_names', 'check_columns', 'text_tables', 'plain_type', 'read_table', 'numbers', 'raw_columns',
+           'is_text', 'as_text', 'as_numbers', 'ahead', 'read_raw', 'pair_profiles', 'families', 'cluster',
+           'assign_folds', 'length_folds', 'sha256', 'Spool', 'write_store', 'measured_mods', 'Store', 'plot_profile',
            'plot_heatmap', 'collate', 'training_batch', 'epoch_batches', 'random_flips', 'held_out', 'write_holdout',
            'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
-import bz2,codecs,csv,errno,getpass,glob,gzip,hashlib,io,itertools,json,lzma,mmap,os,queue,re,subprocess,sys,tempfile
+import bz2,csv,errno,getpass,glob,gzip,hashlib,io,itertools,json,lzma,mmap,os,queue,re,subprocess,sys,tempfile
 import threading,zipfile,zlib
 import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.csv as pv,pyarrow.parquet as pq
 import matplotlib.pyplot as plt
@@ -345,6 +346,11 @@ def open_unpacked(
             yield file,raw
 
 # %% ../nbs/00_data.ipynb #5d1c9a23
+@contextmanager
+def open_text(path): # yields lines of text, whatever ends them
+    "Open a text file, packed or not; ValueError when something else is in it"
+    with open_unpacked(path) as (file,_), io.TextIOWrapper(file, encoding='utf-8-sig') as text: yield text
+
 def is_table(path)->bool: # and not FASTA: by the name of the file, or of what is packed in it
     name = Path(path).name
     with readable(path, 'a table or FASTA file'), open(path, 'rb') as raw:
@@ -357,10 +363,12 @@ def is_table(path)->bool: # and not FASTA: by the name of the file, or of what i
 BLOCK = 4<<20 # bytes of CSV that are parsed at a time; no row is longer
 NOTHING = [*pv.ConvertOptions().null_values, 'na', 'Na', 'NAN', 'Null', *(' '*n for n in range(1, 17))]
 
-def csv_header(file, delimiter:str)->list: # names of the columns of an open CSV
-    head = codecs.getincrementaldecoder('utf-8-sig')().decode(file.read(BLOCK))
+def csv_delimiter(path)->str: return '\t' if '.tsv' in Path(path).name.lower() else ','
+
+def csv_header(path, file)->list: # names of the columns of an open CSV
+    head = file.read(BLOCK).decode('utf-8-sig', 'replace')  # rows that are no text are refused later, with their number
     file.seek(0)
-    rows = csv.reader(io.StringIO(head, newline=''), delimiter=delimiter)
+    rows = csv.reader(io.StringIO(head, newline=''), delimiter=csv_delimiter(path))
     return next((row for row in rows if row), [])
 
 def csv_error(path, names:list, first:int, error:Exception)->str: # after `first` rows
@@ -375,7 +383,7 @@ def csv_error(path, names:list, first:int, error:Exception)->str: # after `first
                 f"contains a comma; or the file is damaged or cut short, download or write it again")
     column = names[int(found[1])] if (found := re.search(r'column #(\d+)', text)) else '?'
     if 'UTF8' in text:
-        return f"{path}, row {row}: column {column} is not UTF-8 text: save the file as UTF-8"
+        return f"{path}, row {row}: column {column} is not UTF-8 text: save it as UTF-8"
     if found := re.search(r"invalid value '(.*)'", text, re.DOTALL):
         return not_a_number(path, row, column, found[1])
     return f"{path}, row {row}: cannot be read ({text.splitlines()[0]}): download or write the file again"
@@ -387,15 +395,14 @@ def not_a_number(path, row, column, found)->str:
 # %% ../nbs/00_data.ipynb #5d1c9a25
 def csv_batches(path, choose):
     "See `table_batches`"
-    delimiter = '\t' if '.tsv' in [s.lower() for s in Path(path).suffixes] else ','
     with open_unpacked(path) as (file,raw):
-        names,first = csv_header(file, delimiter),0
+        names,first = csv_header(path, file),0
         types = choose(names)
         try:
             for batch in pv.open_csv(
                 file,
                 pv.ReadOptions(use_threads=False, block_size=BLOCK),
-                pv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+                pv.ParseOptions(delimiter=csv_delimiter(path), newlines_in_values=True),
                 pv.ConvertOptions(column_types=types, include_columns=list(types), null_values=NOTHING),
             ):
                 yield batch,raw.tell()
@@ -403,17 +410,30 @@ def csv_batches(path, choose):
         except pa.ArrowInvalid as e:
             raise ValueError(csv_error(path, names, first, e)) from e
 
-def parquet_batches(path, choose, size):
-    "See `table_batches`"
+# %% ../nbs/00_data.ipynb #5d1c9a2a
+def open_parquet(path)->pq.ParquetFile:
     with open(path, 'rb') as raw:
         if by_first_bytes(raw.read(8), UNPACK): raise ValueError(f"{path}: is packed: unzip it first")
+    return pq.ParquetFile(path, buffer_size=1<<16)
+
+def counted_columns(schema:pa.Schema)->dict: # name → range
+    "Columns that pandas did not write down, because they only count"
+    notes = (schema.pandas_metadata or {}).get('index_columns', [])
+    notes = [n for n in notes if isinstance(n, dict) and n.get('name') and n['name'] not in schema.names]
+    return {n['name']: range(n['start'], n['stop'], n['step']) for n in notes}
+
+def parquet_batches(path, choose, size):
+    "See `table_batches`"
     end = Path(path).stat().st_size
-    with pq.ParquetFile(path, buffer_size=1<<16) as file:
-        names = list(choose(file.schema_arrow.names))
+    with open_parquet(path) as file:
+        counted = counted_columns(file.schema_arrow)
+        names = list(choose([*file.schema_arrow.names, *counted]))
         seen,total = 0,max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(size, columns=names):
+        for batch in file.iter_batches(size, columns=[c for c in names if c not in counted]):
+            rows = slice(seen, seen+len(batch))
+            columns = [pa.array(np.array(counted[c][rows])) if c in counted else batch[c] for c in names]
             seen += len(batch)
-            yield batch.select(names),end*seen//total
+            yield pa.record_batch(columns, names=names),end*seen//total
 
 # %% ../nbs/00_data.ipynb #5d1c9a26
 def table_batches(
@@ -426,6 +446,13 @@ def table_batches(
     with readable(path, expected) as path:
         batches = parquet_batches(path, choose, size) if is_parquet(path) else csv_batches(path, choose)
         yield from ((batch, at) for batch,at in batches if len(batch))
+
+def column_names(path, expected:str='a CSV or Parquet table')->list:
+    "Names of the columns of a table, in its order"
+    with readable(path, expected):
+        if is_parquet(path):
+            with open_parquet(path) as file: return [*file.schema_arrow.names, *counted_columns(file.schema_arrow)]
+        with open_unpacked(path) as (file,_): return csv_header(path, file)
 
 def check_columns(path, names:list, needed):
     "ValueError unless each of these is there once"
@@ -487,7 +514,7 @@ def raw_columns(path, names:list)->dict: # name → type: four of text, then the
     "The columns of a raw table that are read; ValueError when one is missing or there twice"
     if 'sequence_id' not in names and 'id' not in names:
         raise ValueError(f"{path}: no column 'sequence_id' (or 'id'): is this Kaggle's train_data?")
-    n = sum(bool(re.fullmatch(r'reactivity_\d+', c)) for c in names)
+    n = sum(bool(re.fullmatch(r'reactivity_\d+', c)) for c in set(names))
     numbers = [*_values, *sum(wide_columns(max(n, 1)), [])]
     if missing := [c for c in [*_texts[1:], *numbers] if c not in names]:
         raise ValueError(f"{path}: column(s) {', '.join(missing[:5])}{' …' if missing[5:] else ''} are missing: "
@@ -507,20 +534,27 @@ def as_text(path, name:str, column:pa.Array)->pa.Array: # '' where nothing stand
     if not is_text(column): raise ValueError(f"{path}: column {name} is {column.type}, expected text")
     return column.cast(pa.string()).fill_null('')
 
-def as_numbers(path, name:str, column:pa.Array, first:int)->np.ndarray: # float32, NaN where nothing stands
-    "A column of a raw table as numbers; ValueError names the row of what is none, `first` rows came before"
+def as_numbers(
+    path, # named in errors, as is
+    name:str, # of the column
+    column:pa.Array,
+    first:int, # rows before, in the file
+    to=pa.float32(),
+)->np.ndarray: # NaN where nothing stands
+    "A column of a table as numbers; ValueError names the row of what is none"
     column = plain_type(column)
     if not is_text(column):
-        try: return column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+        try: return column.cast(to, safe=False).to_numpy(zero_copy_only=False)
         except pa.ArrowException as e:
             raise ValueError(f"{path}: column {name} is {column.type}, expected numbers") from e
     text = column.to_pandas().fillna('').str.strip()
-    if name == 'SN_filter': text = text.str.lower().replace(dict(true='1', false='0'))
-    number = pd.to_numeric(text, errors='coerce')
-    wrong = number.isna() & ~text.str.lower().isin(['', 'nan', 'na', 'null'])
+    lower = text.str.lower()
+    if name == 'SN_filter': lower = lower.replace(dict(true='1', false='0'))
+    number = pd.to_numeric(lower, errors='coerce')
+    wrong = number.isna() & ~lower.isin(['', 'nan', 'na', 'null'])
     if wrong.any():
         raise ValueError(not_a_number(path, first+int(wrong.argmax())+1, name, text[wrong].iloc[0]))
-    return number.to_numpy(np.float32)
+    return number.to_numpy(to.to_pandas_dtype())
 
 # %% ../nbs/00_data.ipynb #a9694a8f
 def ahead(
@@ -1068,6 +1102,11 @@ def _sidecar(
                      f"({why.strerror}): free space there")
 
 # %% ../nbs/00_data.ipynb #b0c9d132
+def measured_mods(rows:pd.DataFrame)->list: # of MODS
+    "The modifiers of which the rows of a store hold a profile"
+    known = {m: rows[[f'reads_{m}', f'signal_to_noise_{m}']].notna().to_numpy().any() for m in MODS}
+    return [m for m in MODS if known[m] or rows[f'SN_filter_{m}'].any()]
+
 class Store:
     "Profiles of a store file: `rows` (a DataFrame) and, laid end to end, `react`, `err` (positions m), `ids` (positions)"
     def __init__(self,
@@ -1079,7 +1118,7 @@ class Store:
             if (v := self.meta.get('version')) != STORE_VERSION:
                 raise ValueError(f"{path}: store version is {v}, expected {STORE_VERSION}: convert the raw table again "
                                  f"with ribo_data")
-            self.rows = f.read([c for c in f.schema_arrow.names if not c.startswith('reactivity')]).to_pandas()
+            self.rows = f.read([c for c in f.schema_arrow.names if not c.startswith('reactivity')]).to_pandas(ignore_metadata=True)
             self.start = np.r_[0, np.cumsum(self.rows.sequence.str.len())].astype(np.int64)
             n = int(self.start[-1])
             self.file = open(_sidecar(path, self.meta, n), 'rb')
@@ -1087,6 +1126,7 @@ class Store:
         self.react,self.err,self.ids = self.profile[:,:2],self.profile[:,2:4],self.profile[:,4]
         self.sn,self.SN_filter = (np.stack([self.rows[f'{c}_{m}'] for m in MODS], 1).astype(t)
                                   for c,t in (('signal_to_noise',np.float32), ('SN_filter',bool)))
+        self.measured = measured_mods(self.rows)
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return tuple(a[self.start[i]:self.start[i+1]].copy() for a in (self.react, self.err))
     def read(self, rows): # a copy of these rows, end to end (positions 5), and where each begins; no page stays mapped
@@ -1230,9 +1270,9 @@ def held_out(
     store:Store,
     fold:int,
 )->np.ndarray: # row numbers, one per sequence, in the store's order
-    "The rows of a fold, each sequence once: its measurement with the highest signal_to_noise in the weaker modifier"
+    "The rows of a fold, each sequence once: its measurement with the highest signal_to_noise in the weaker modifier of those that the store has"
     t = store.rows[store.rows.fold == fold]
-    worse = t[[f'signal_to_noise_{m}' for m in MODS]].min(axis=1, skipna=False).fillna(-np.inf)
+    worse = t[[f'signal_to_noise_{m}' for m in store.measured]].min(axis=1, skipna=False).fillna(-np.inf)
     best = worse.sort_values(ascending=False, kind='stable').index
     return np.sort(best[~t.loc[best].sequence.duplicated()].to_numpy())
 
@@ -1251,7 +1291,7 @@ def write_holdout(
     test = pd.DataFrame(dict(id_min=np.r_[0, end[:-1]], id_max=end-1, sequence_id=t.sequence_id.to_numpy(),
                              sequence=t.sequence.to_numpy(), future=0, dataset_name=t.dataset_name.to_numpy()))
     react = np.concatenate([store[i][0] for i in rows])
-    good = np.repeat(t[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy(), t.sequence.str.len())
+    good = np.repeat(t[[f'SN_filter_{m}' for m in store.measured]].all(axis=1).to_numpy(), t.sequence.str.len())
     solution = pd.DataFrame(dict(id=np.arange(end[-1]), reactivity_DMS_MaP=react[:,1].clip(0, 1),
                                  reactivity_2A3_MaP=react[:,0].clip(0, 1), Usage=np.where(good, 'Private', 'Ignored')))
     with atomic(Path(folder)/'test_sequences.csv') as p: test.to_csv(p, index=False)
@@ -1300,4 +1340,7 @@ def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout):
     rows = write_store(raw, out, folds, seed, sample, split)
     click.echo(f'{out}: {len(rows)} measurements of {rows.sequence.nunique()} sequences in {rows.cluster.nunique()} '
                f'families, folds {rows.fold.value_counts().sort_index().tolist()}')
+    if len(there := measured_mods(rows)) == 1:
+        gone = MODS[1 - MODS.index(there[0])]
+        click.echo(f'{out}: has no {gone} profile: only {there[0]} can be learnt from it and scored')
     if holdout: click.echo(f'{holdout}: fold 0 as a test set, {write_holdout(Store(out), 0, holdout)} positions')
