@@ -90,7 +90,7 @@ def battle_stores(
     store,length = Store(folder/'base.parquet'),rows.sequence.str.len().to_numpy()
     source,family,origin = rows.dataset_name.str.split('_').str[0],rows.cluster.to_numpy(),rows.cluster
     if groups is not None:
-        g = pd.read_parquet(groups).drop_duplicates('sequence_id').set_index('sequence_id')
+        g = read_table(groups).drop_duplicates('sequence_id').set_index('sequence_id')
         family = joined_families(family, rows.sequence_id.map(g.cluster).fillna(-1 - rows.cluster).to_numpy())
         origin = rows.sequence_id.map(g.family).fillna('')
     refold(store, folder/'folds.parquet', assign_folds(family, rows.dataset_name), 'families by both rules')
@@ -130,7 +130,7 @@ def more_data(
     "A store whose first profile is 1M7, 1 at its 90th percentile, the second empty; and sequences to label, 40 to 200 nt"
     folder = Path(folder)
     known = Store(folder/'folds.parquet').rows.sequence.unique()
-    t = pd.read_parquet(m7)
+    t = read_table(m7)
     t = t[strangers(t.sequence, known)]
     scale = np.nanquantile(t[wide := [c for c in t if c.startswith('reactivity_')]].iloc[:,:len(wide)//2].to_numpy(float), .9)
     t[wide] = t[wide]/scale
@@ -138,7 +138,7 @@ def more_data(
     t.assign(experiment_type='2A3_MaP', dataset_name=t.dataset_name + '_1M7', sequence_id=t.sequence.map(sequence_id), reads=1000, SN_filter=(t.signal_to_noise > 1).astype(int)
              ).drop_duplicates(['sequence_id','dataset_name']).to_parquet(folder/'1M7_raw.parquet')
     write_store(folder/'1M7_raw.parquet', folder/'1M7.parquet')
-    new = pd.concat([(pd.read_parquet(p) if str(p).endswith('.parquet') else pd.read_csv(p)).sequence for p in others]) if others else t.sequence[:0]
+    new = pd.concat([read_table(p, ['sequence']).sequence for p in others]) if others else t.sequence[:0]
     more = pd.concat([t.sequence, new[strangers(new, known)] if len(new) else new]).drop_duplicates()
     (folder/'more.txt').write_text('\n'.join(more[more.str.fullmatch('[ACGU]{40,200}')]))
 
@@ -388,7 +388,7 @@ def floors(
     "What noise leaves to be gained: replicates and mutants against each other, clipped to [0,1]"
     store = Store(Path(folder)/'base.parquet')
     rows = store.rows.assign(row=range(len(store)))[store.SN_filter.all(1)]
-    rows['library'],rows['family'] = rows.dataset_name.str.split('_').str[0],rows.sequence_id.map(pd.read_parquet(groups).set_index('sequence_id').family)
+    rows['library'],rows['family'] = rows.dataset_name.str.split('_').str[0],rows.sequence_id.map(read_table(groups).set_index('sequence_id').family)
     profiles = lambda of: np.stack([store[i][0].clip(0, 1) for i in of])
     out = {}
     for name,part in rows[rows.library != '15k'].groupby('library'):
@@ -403,7 +403,7 @@ def floors(
 def units(rows, groups=None)->np.ndarray: # a number per row
     "What a sequence must not be counted twice for: its source genome, mutational scan or cluster of designs"
     if groups is None: return rows.cluster.to_numpy()
-    g = pd.read_parquet(groups).drop_duplicates('sequence_id').set_index('sequence_id')
+    g = read_table(groups).drop_duplicates('sequence_id').set_index('sequence_id')
     g = np.where(g.source == '15k', g.family, g.cluster.astype(str)).astype(str), g.index
     return pd.factorize(rows.sequence_id.map(pd.Series(*g)).fillna(rows.sequence_id))[0]
 
@@ -503,7 +503,7 @@ def shipped_scores(
     groups=None, # the table of `battle_stores`
 )->pd.DataFrame: # a row per member and part of the data
     "Scores with intervals, of everything, of each library, and of each large scan"
-    known = pd.read_parquet(groups).drop_duplicates('sequence_id').set_index('sequence_id').family if groups else pd.Series(dtype=str)
+    known = read_table(groups).drop_duplicates('sequence_id').set_index('sequence_id').family if groups else pd.Series(dtype=str)
     own,out = rows.loc[tables['lookup'].index],[]
     library,family,unit = own.dataset_name.str.split('_').str[0],own.sequence_id.map(known),units(own, groups)
     scans = [k for k,s in own[library == '15k'].groupby(family).sequence if is_scan(s)]

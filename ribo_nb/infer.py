@@ -279,7 +279,7 @@ def shipped()->str: # one line
 def _fasta_records(path, longest=1<<16):
     "(name, sequence) of each record; no line is read further than it can be long"
     name,parts,k,size = None,[],0,0
-    with (gzip.open if open(path, 'rb').read(2) == b'\x1f\x8b' else open)(path, 'rt', encoding='utf-8-sig', newline=None) as f:
+    with open_text(path) as f:
         for n,line in enumerate(iter(lambda: f.readline(longest), ''), 1):
             if len(line) == longest: raise ValueError(f"{path}, line {n}: longer than {longest:,} letters: is this FASTA? An RNA has at most {LONGEST:,} nt")
             if not (line := line.strip()) or line[0] == ';': continue
@@ -320,7 +320,7 @@ class Sequences:
     "The sequences of a FASTA file, a CSV, TSV or Parquet table, checked, in the order of their ids; ValueError names file, row and remedy"
     def __init__(self, path):
         self.path = path = Path(path)
-        self.table = path.name.lower().removesuffix('.gz').endswith(('.csv','.tsv','.parquet','.pq'))
+        self.table = is_table(path)
         self.file = tempfile.TemporaryFile(prefix='ribo_seqs_')  # gone with the process, however it ends
         sizes,ids,hashes,self.sets = [],[],[],{}
         with readable(path, 'a CSV or Parquet table of sequences' if self.table else "FASTA, lines of '>name' and sequence"):

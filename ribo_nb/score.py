@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'id_batches', 'ById', 'read_solution', 'read_submission', '
            'mean_spread', 'fit_ensemble', 'plot_reliability', 'report_runs', 'number_of', 'ribo_score']
 
 # %% ../nbs/05b_score.ipynb #1c0bff45
-import json,mmap,os,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,torch
+import json,mmap,os,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,torch
 import matplotlib.pyplot as plt,seaborn as sns
 from collections import defaultdict
 from pathlib import Path
@@ -22,21 +22,19 @@ from .infer import *
 # %% ../nbs/05b_score.ipynb #4e52cf82
 def id_batches(path, *more, size:int=1<<17):
     "Batches of a submission or solution: ids, reactivities in the order of MODS (n m), `more` columns or None, number of the first row"
-    with readable(path, 'a CSV or Parquet table with the columns of a submission'):
-        names = pq.read_schema(path).names if is_parquet(path) else pv.open_csv(path).schema.names
-        if missing := [c for c in SUBMISSION.names if c not in names]: raise ValueError(f"{path}: column(s) {', '.join(missing)} are missing")
-        use,first = [c for c in [*SUBMISSION.names, *more] if c in names],0
-        types = {c: pa.float64() for c in SUBMISSION.names} | {c: pa.string() for c in more}
-        for b in (pq.ParquetFile(path).iter_batches(size, columns=use) if is_parquet(path) else
-                  pv.open_csv(path, convert_options=pv.ConvertOptions(column_types=types, include_columns=use, strings_can_be_null=True))):
-            if not len(b): continue
-            ids = b['id'].cast(pa.float64()).to_numpy(zero_copy_only=False)
-            if (bad := ~np.isfinite(ids) | (ids != np.round(ids)) | (ids < 0) | (ids > 2**40)).any():
-                raise ValueError(f"{path}, row {first+int(bad.argmax())+1}: id is {ids[bad.argmax()]}, expected a whole number from 0 on")
-            values = np.stack([b[f'reactivity_{m}_MaP'].cast(pa.float32()).to_numpy(zero_copy_only=False) for m in MODS], 1)
-            yield ids.astype(np.int64),values,[b[c].to_pandas().astype(str) if c in names else None for c in more],first
-            first += len(b)
-        if not first: raise ValueError(f"{path}: the table has no rows")
+    def choose(names):
+        check_columns(path, names, SUBMISSION.names)
+        types = dict.fromkeys(SUBMISSION.names, pa.float32()) | {'id': pa.float64()}
+        return types | {c: pa.string() for c in more if c in names}
+    first = 0
+    for b,_ in table_batches(path, choose, 'a CSV or Parquet table with the columns of a submission', size):
+        ids = as_numbers(path, 'id', b['id'], first, pa.float64())
+        if (bad := ~np.isfinite(ids) | (ids != np.round(ids)) | (ids < 0) | (ids > 2**40)).any():
+            raise ValueError(f"{path}, row {first+int(bad.argmax())+1}: id is {ids[bad.argmax()]}, expected a whole number from 0 on")
+        values = np.stack([as_numbers(path, c, b[c], first) for c in (f'reactivity_{m}_MaP' for m in MODS)], 1)
+        yield ids.astype(np.int64),values,[b[c].to_pandas().astype(str) if c in b.schema.names else None for c in more],first
+        first += len(b)
+    if not first: raise ValueError(f"{path}: the table has no rows")
 
 # %% ../nbs/05b_score.ipynb #dbfb904e
 class ById:
@@ -92,22 +90,19 @@ def read_submission(path)->ById:
     return out
 
 # %% ../nbs/05b_score.ipynb #b012b4c5
-def _header(path, expected): # names of the columns
-    with readable(path, expected): return pq.read_schema(path).names if is_parquet(path) else pv.open_csv(path).schema.names
-
 def check_submission(
     path, # the submission
     test, # test_sequences (FASTA has no ids) or a sample submission
 )->int: # rows
     "Raise ValueError, naming the first broken rule with row and remedy, unless this is a submission for `test`"
-    if 'sequence' in _header(test, 'test_sequences or a sample submission'):
+    if 'sequence' in column_names(test, 'test_sequences or a sample submission'):
         seqs = Sequences(test)
         if seqs.low is None: raise ValueError(f"{test}: has no id_min and id_max: give Kaggle's test_sequences")
         first,last = int(seqs.low[0]),int(seqs.low[-1] + seqs.length[-1] - 1)
     else:
         first,last = 2**62,-1
         for ids,*_ in id_batches(test): first,last = min(first, int(ids[0])),max(last, int(ids[-1]))
-    if (found := _header(path, 'a submission, .parquet or .csv')) != SUBMISSION.names: raise ValueError(f"{path}: its columns are {', '.join(found)}, expected {', '.join(SUBMISSION.names)}, in this order")
+    if (found := column_names(path, 'a submission, .parquet or .csv')) != SUBMISSION.names: raise ValueError(f"{path}: its columns are {', '.join(found)}, expected {', '.join(SUBMISSION.names)}, in this order: write it with index=False")
     row = 0
     def stop(bad, text): raise ValueError(f"{path}, row {row+int(bad.argmax())+1}: {text(int(bad.argmax()))}")
     for ids,v,_,row in id_batches(path):
