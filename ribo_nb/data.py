@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'UNPACK', 'NO_TEXT', 'BLOCK', 'NOTHING', 'STORE_VERSION',
-           'SPLITS', 'COLORS', 'encode', 'decode', 'datamount', 'check_target', 'atomic', 'progress', 'Command',
-           'contexts', 'wide_columns', 'sequence_id', 'simulate', 'is_parquet', 'readable', 'writable', 'open_zip',
-           'by_first_bytes', 'open_unpacked', 'open_text', 'is_table', 'csv_delimiter', 'csv_header', 'csv_error',
-           'not_a_number', 'csv_batches', 'open_parquet', 'counted_columns', 'parquet_batches', 'table_batches',
-           'column_names', 'check_columns', 'text_tables', 'plain_type', 'read_table', 'numbers', 'raw_columns',
-           'is_text', 'as_text', 'as_numbers', 'ahead', 'read_raw', 'pair_profiles', 'families', 'cluster',
-           'assign_folds', 'length_folds', 'sha256', 'Spool', 'write_store', 'measured_mods', 'Store', 'plot_profile',
-           'plot_heatmap', 'collate', 'training_batch', 'epoch_batches', 'random_flips', 'held_out', 'write_holdout',
-           'kaggle_raw', 'ribo_data']
+           'SPLITS', 'COLORS', 'encode', 'decode', 'datamount', 'shown', 'check_target', 'atomic', 'progress',
+           'Command', 'contexts', 'wide_columns', 'sequence_id', 'simulate', 'is_parquet', 'readable', 'writable',
+           'open_zip', 'by_first_bytes', 'open_unpacked', 'open_text', 'is_table', 'csv_delimiter', 'csv_header',
+           'csv_error', 'not_a_number', 'csv_batches', 'open_parquet', 'counted_columns', 'parquet_batches',
+           'table_batches', 'column_names', 'check_columns', 'text_tables', 'plain_type', 'read_table', 'numbers',
+           'raw_columns', 'is_text', 'as_text', 'as_numbers', 'ahead', 'read_raw', 'pair_profiles', 'families',
+           'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool', 'write_store', 'measured_mods', 'Store',
+           'wrapped', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches', 'random_flips',
+           'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
 import bz2,csv,errno,getpass,glob,gzip,hashlib,io,itertools,json,lzma,mmap,os,queue,re,subprocess,sys,tempfile
-import threading,zipfile,zlib
+import textwrap,threading,zipfile,zlib
 import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.compute as pc,pyarrow.csv as pv,pyarrow.parquet as pq
 import matplotlib.pyplot as plt
 from collections import Counter
@@ -56,6 +56,13 @@ def datamount()->Path: # the folder for data and runs, never in git
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p/'settings.ini').exists() and (p/'nbs').is_dir()), here)
     return root/'datamount'
+
+# %% ../nbs/00_data.ipynb #7c1e0a53
+def shown(path)->str:
+    "A path as messages name it: inside the project relative to the working directory, elsewhere as it is"
+    path = Path(path)
+    inside = path.is_absolute() and path.is_relative_to(datamount().parent)
+    return os.path.relpath(path) if inside else str(path)
 
 # %% ../nbs/00_data.ipynb #2689c2d0
 def check_target(
@@ -259,6 +266,7 @@ def simulate(
     n_col:int=206, # reactivity columns, as many as Kaggle's table has
 )->pd.DataFrame: # Kaggle's wide table, two rows per measured sequence
     "SIMULATED profiles in Kaggle's `train_data` format; same `n` and `seed`, same table"
+    if n < 1: raise ValueError(f'{n} sequences to simulate, expected 1 or more')
     rng = np.random.default_rng(seed)
     lib,rows,values = _library(rng, n),[],[]
     for i,(s,name) in enumerate(progress(zip(lib.sequence, lib.dataset_name), 'simulate', len(lib), 'seq')):
@@ -892,6 +900,7 @@ def length_folds(
 )->np.ndarray: # fold of each row: 0 long, 1 short, int16, (n)
     "Whole families by the length of their longest member: train short (1), validate long (0)"
     family,length = np.asarray(family),np.asarray(length)
+    if not len(family): raise ValueError('no rows to split into folds')
     longest = np.zeros(family.max()+1, np.int64)
     np.maximum.at(longest, family, length)
     longest = longest[family]
@@ -1141,6 +1150,15 @@ class Store:
 # %% ../nbs/00_data.ipynb #6e987a4c
 COLORS = {'2A3':'#2a6f97', 'DMS':'#c8553d'}
 
+def wrapped(
+    title:str,
+    width:float, # of the figure, inch
+)->str:
+    "A title in as many lines as it needs at 10 points; an escaped dollar sign stays in one piece"
+    letters = max(10, int(9.5*width))
+    lines = title.replace(r'\$', '\0').split('\n')
+    return '\n'.join(textwrap.fill(line, letters) for line in lines).replace('\0', r'\$')
+
 def plot_profile(
     sequence:str,
     react:np.ndarray, # (l m), NaN where not measured
@@ -1158,7 +1176,7 @@ def plot_profile(
         ax.set(ylabel=f'{mod} reactivity', ylim=(-.2, max(1.1, np.nanquantile(np.r_[react[:,m], 0], .97))),
                xlim=(.3, len(sequence)+.7))
         ax.axhline(0, color='k', lw=.5)
-    axs[0].set_title(title, fontsize=10)
+    axs[0].set_title(wrapped(title, fig.get_figwidth()), fontsize=10)
     axs[1].set_xticks(np.arange(1, len(sequence)+1), list(sequence), fontsize=6 if len(sequence) > 60 else 9)
     for ax in axs: ax.tick_params(axis='x', length=0)
     for ax in axs: ax.spines[['top','right']].set_visible(False)
@@ -1170,6 +1188,7 @@ def plot_heatmap(
     title:str='',
 )->plt.Figure:
     "Profiles of many sequences as two heat maps, 2A3 above DMS, grey where not measured"
+    if not len(reacts): raise ValueError('no profiles to draw')
     width = max(len(r) for r in reacts)
     img = np.full((2, len(reacts), width), np.nan)
     for k,r in enumerate(reacts): img[:, k, :len(r)] = r.T
@@ -1189,8 +1208,8 @@ def collate(
     bpp=None, # function: list of sequences → (b l l) tensor, padded to the longest
 )->dict: # seq (b l), mask (b l), bpp (b l l)
     "What every model needs to predict"
-    length = np.array([len(s) for s in seqs])
-    mask = np.arange(length.max()) < length[:,None]
+    length = np.array([len(s) for s in seqs], int)
+    mask = np.arange(length.max(initial=0)) < length[:,None]
     seq = np.zeros(mask.shape, np.int64)
     seq[mask] = encode(''.join(seqs))
     import torch  # here, because only batches need it and importing it takes two seconds and 180 MB
@@ -1219,7 +1238,7 @@ def training_batch(
 )->dict: # `collate` plus react, react_err (b l m), sn, SN_filter (b m)
     "What training needs on top: profiles and how far to trust them"
     import torch
-    rows = np.asarray(rows)
+    rows = np.asarray(rows, int)
     profile,start = store.read(rows)
     shape = len(rows),int(np.diff(start).max(initial=0))
     arrays = dict(seq=np.empty(shape, np.int64), mask=np.empty(shape, bool),
@@ -1241,7 +1260,7 @@ def epoch_batches(
     world:int=1, # processes that share each batch
 )->list: # arrays of positions in `length`; together, over all ranks, every position exactly once
     "Batches of similar length in an order that depends on (seed, epoch) only"
-    length = np.asarray(length)
+    length = np.asarray(length, int)  # also when there is none
     width = 1 if seed is None else 16  # nucleotides per bucket
     rng = np.random.default_rng([seed or 0, epoch])
     order = np.arange(len(length)) if seed is None else rng.permutation(len(length))
@@ -1291,7 +1310,10 @@ def write_holdout(
     test = pd.DataFrame(dict(id_min=np.r_[0, end[:-1]], id_max=end-1, sequence_id=t.sequence_id.to_numpy(),
                              sequence=t.sequence.to_numpy(), future=0, dataset_name=t.dataset_name.to_numpy()))
     react = np.concatenate([store[i][0] for i in rows])
-    good = np.repeat(t[[f'SN_filter_{m}' for m in store.measured]].all(axis=1).to_numpy(), t.sequence.str.len())
+    passes = np.repeat(store.SN_filter[rows], t.sequence.str.len(), axis=0)  # positions m
+    good = passes.all(1)
+    if not (passes & ~np.isnan(react)).all(1).any():  # no position has both: each modifier counts where it was measured
+        react,good = np.where(passes, react, np.nan),passes.any(1)
     solution = pd.DataFrame(dict(id=np.arange(end[-1]), reactivity_DMS_MaP=react[:,1].clip(0, 1),
                                  reactivity_2A3_MaP=react[:,0].clip(0, 1), Usage=np.where(good, 'Private', 'Ignored')))
     with atomic(Path(folder)/'test_sequences.csv') as p: test.to_csv(p, index=False)
