@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERSION', 'SPLITS', 'COLORS', 'encode', 'decode',
-           'datamount', 'check_target', 'atomic', 'progress', 'Command', 'contexts', 'wide_columns', 'sequence_id',
-           'simulate', 'is_parquet', 'readable', 'writable', 'text_tables', 'read_table', 'numbers', 'ahead',
-           'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool',
-           'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches',
-           'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
+           'datamount', 'short_names', 'table_name', 'check_target', 'atomic', 'progress', 'Command', 'contexts',
+           'wide_columns', 'sequence_id', 'simulate', 'is_parquet', 'readable', 'writable', 'text_tables', 'read_table',
+           'numbers', 'ahead', 'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds',
+           'sha256', 'Spool', 'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch',
+           'epoch_batches', 'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
 import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,subprocess,sys,tempfile,threading,zlib
@@ -51,6 +51,26 @@ def datamount()->Path: # the folder for data and runs, never in git
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p/'settings.ini').exists() and (p/'nbs').is_dir()), here)
     return root/'datamount'
+
+# %% ../nbs/00_data.ipynb #5e0c16a2
+def short_names(
+    paths, # of files or folders, each once
+)->list: # text, one for each path
+    "The shortest ends of paths that tell them apart; ValueError when one is there twice"
+    paths = list(paths)
+    whole = [Path(os.path.abspath(p)).parts for p in paths]
+    names = []
+    for k,parts in enumerate(whole):
+        if parts in whole[:k]: raise ValueError(f"{paths[k]}: is given twice: give it once")
+        others = [other for other in whole if other != parts]
+        size = 1
+        while any(other[-size:] == parts[-size:] for other in others): size += 1
+        names.append(str(Path(*parts[-size:])))
+    return names
+
+def table_name(path)->str:
+    "The name of a table's file without the ends that say how it is stored"
+    return re.sub(r'(?<=.)(\.(csv|tsv|txt|parquet|pq))?(\.(gz|zip|bz2))?$', '', Path(path).name, count=1, flags=re.IGNORECASE)
 
 # %% ../nbs/00_data.ipynb #2689c2d0
 def check_target(
@@ -1263,6 +1283,17 @@ def kaggle_raw()->Path:
     if r.returncode: raise ValueError(f"{out/'train_data.csv'}: was not downloaded, for the reason above")
     return out/'train_data.csv'
 
+# %% ../nbs/00_data.ipynb #5e0c16a4
+def _check_own(out, raw, sample):
+    "ValueError when the file that is written by default holds the store of another table, or another sample"
+    if not out.exists() or not raw.is_file(): return
+    try: meta = json.loads((pq.read_schema(out).metadata or {})[b'ribo_nb'])
+    except (pa.ArrowException, OSError, KeyError, ValueError): meta = {}
+    if meta.get('sha256') == sha256(raw) and meta.get('sample') == sample: return
+    what = f"{meta.get('source', 'something else')}, {meta['sample'] if meta.get('sample') else 'all'} sequences"
+    raise ValueError(f"{out}: holds another store already ({what}), made of other data than {raw} or of another sample: "
+                     f"give this one its own name with --out, or move that one away")
+
 # %% ../nbs/00_data.ipynb #86ec47bd
 @command()
 @click.argument('raw', required=False, type=click.Path(path_type=Path))
@@ -1291,7 +1322,9 @@ def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout):
         table = simulate(n_sim, seed)
         with atomic(raw) as p: table.to_parquet(p, index=False)
         click.echo(f'{raw}: {len(table)} SIMULATED profiles of {n_sim} sequences')
-    out = out or datamount()/'parquet'/f"{raw.name.split('.')[0]}.parquet"
+    if not out:
+        out = datamount()/'parquet'/f'{table_name(raw)}.parquet'
+        if not n_sim: _check_own(out, raw, sample)
     rows = write_store(raw, out, folds, seed, sample, split)
     click.echo(f'{out}: {len(rows)} measurements of {rows.sequence.nunique()} sequences in {rows.cluster.nunique()} '
                f'families, folds {rows.fold.value_counts().sort_index().tolist()}')

@@ -83,7 +83,7 @@ def save_ensemble(
 ):
     "Write an ensemble as a file that `load` takes: its members by path and hash, weights, calibration"
     path = Path(path)
-    members = [dict(path=os.path.relpath(p, path.parent), sha256=sha256(p), weight=float(w)) for p,w in zip(model.paths, model.weights, strict=True)]
+    members = [dict(path=os.path.relpath(Path(p).resolve(), path.parent.resolve()), sha256=sha256(p), weight=float(w)) for p,w in zip(model.paths, model.weights, strict=True)]
     with atomic(path) as tmp:
         tmp.write_text(json.dumps(dict(kind='ensemble', version=ENSEMBLE_VERSION, members=members, calibration=model.calibration, **more), indent=1))
 
@@ -117,6 +117,7 @@ def load(
     "Models ready to predict; ValueError names the checkpoint that is missing, damaged or does not fit the others"
     paths = [Path(p) for p in (what if isinstance(what, (list, tuple)) else [SHIPPED if what is None else what])]
     if not paths: raise ValueError('no checkpoint given: name a run folder or a .pt file')
+    short_names(paths)  # ValueError when one is there twice: the members of an ensemble would agree for nothing
     weights = calibration = own = None
     if len(paths) == 1 and paths[0].suffix == '.json': paths,weights,calibration,own = _read_ensemble(paths[0])
     elif alone := [p for p in paths if p.suffix == '.json']: raise ValueError(f"{alone[0]}: an ensemble file stands alone: name its members one by one instead")

@@ -145,7 +145,9 @@ def score_files(
 )->pd.DataFrame: # indexed by who, group, value: 2A3, DMS, official, positions
     "The hosts' metric, streaming; ValueError when a submission does not cover the solution"
     truth,low,high = read_solution(solution)
-    preds = {Path(p).stem: (read_submission(p), p) for p in submissions}
+    names = [Path(p).stem for p in submissions]
+    if len(set(names)) < len(names): names = short_names(submissions)
+    preds = {name: (read_submission(p), p) for name,p in zip(names, submissions, strict=True)}
     seqs,known = Sequences(test) if test else None,None
     if seqs is not None: _check_cover(seqs, test, solution, low, high)
     if store is not None:
@@ -289,6 +291,8 @@ def mean_spread(preds, w)->tuple: # of the members' predictions (k n m) with wei
     return mean,np.sqrt(np.einsum('k,knm->nm', w, (preds - mean)**2)*k/max(k-1, 1))
 
 # %% ../nbs/05b_score.ipynb #684a2f4c
+def _run_of(path): return path.parent if path.name == 'best.pt' else path  # what a checkpoint is called by
+
 def fit_ensemble(
     model:Ensemble, # members that held out a fold of this store
     store:Store, # that they were trained on
@@ -307,7 +311,7 @@ def fit_ensemble(
         judged[here],spread_[here] = mean_spread(preds[:,here], w)
         covered = covered + here.mean()*coverage(judged[here], spread_[here], y[here], calibrate(*mean_spread(preds[:,~here], w), y[~here]))
     mae = lambda p: dict(zip(MODS, (e := np.abs(p - y).mean(0)), strict=True)) | dict(official=e.mean())
-    names = [next(str(p.parent.name if p.name == 'best.pt' else p) for p,k in zip(model.paths, kind, strict=True) if k == g) for g in range(len(preds))]
+    names = short_names(_run_of(model.paths[kind.index(g)]) for g in range(len(preds)))
     weights = fit_weights(preds, y)
     scores = pd.DataFrame({**{f'{n} alone': mae(p) for n,p in zip(names, preds, strict=True)}, 'plain mean': mae(mean_spread(preds, plain)[0]), 'weighted, cross-fitted': mae(judged)}).T
     share = np.array([weights[k]/kind.count(k) for k in kind])
@@ -346,9 +350,11 @@ def report_runs(runs, path):
     "One HTML file about some runs: table, curves, and the figures of each"
     table,fig = compare(runs)
     parts = [('Runs', table), ('Curves', fig)]
-    for out in map(Path, runs):
-        parts += [(f'{out.name}: {f.stem}', f) for f in sorted(out.glob('*.png'))] + [(f'{out.name}: configuration', (out/'cfg.json').read_text())]
-    write_report(path, ', '.join(Path(r).name for r in runs), parts)
+    names = short_names(runs)
+    for name,out in zip(names, map(Path, runs), strict=True):
+        parts += [(f'{name}: {f.stem}', f) for f in sorted(out.glob('*.png'))]
+        parts.append((f'{name}: configuration', (out/'cfg.json').read_text()))
+    write_report(path, ', '.join(names), parts)
 
 def _show(t):
     for g in t.index.unique('group'):

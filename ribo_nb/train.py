@@ -830,7 +830,7 @@ class Trainer:
     def run(self)->bool: # was it finished? else time was up
         "Train, or go on training"
         pos,total,late = self.pos,self.epochs*self.per_epoch,False
-        with stoppable() as stop, progress(desc=self.out.name, total=total, initial=pos.step, unit='step') as bar:
+        with stoppable() as stop, progress(desc=short_names([self.out])[0], total=total, initial=pos.step, unit='step') as bar:
             while pos.epoch < self.epochs and not late:
                 for batch in self.load(pos.epoch):
                     norm = self.step(batch)
@@ -1105,7 +1105,7 @@ def draw_run(trainer, metrics):
     if preds:
         good = np.flatnonzero(store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows].all(1))
         best = good[np.nanargmax(store.rows.signal_to_noise_2A3.to_numpy()[rows[good]])]
-        figs |= dict(scores=plot_scores(metrics['scores'], f"{out.name}, fold {metrics['fold']} of {where}"), errors=plot_errors(metrics['by']),
+        figs |= dict(scores=plot_scores(metrics['scores'], f"{short_names([out])[0]}, fold {metrics['fold']} of {where}"), errors=plot_errors(metrics['by']),
                      predicted=plot_pred([preds[k] for k in good], [store[i][0] for i in rows[good]], where),
                      profile=plot_profile(store.rows.sequence[rows[best]], *store[rows[best]], preds[best],
                                           f'held out, {where}: measured (bars) and predicted (line)'))
@@ -1188,16 +1188,17 @@ def compare(
 )->tuple: # table with a row per run, figure
     "Scores with intervals, differences in configuration, size and cost; and the curves"
     rows,logs,cfgs_ = {},{},{}
-    for out in map(Path, runs):
+    runs = [Path(run) for run in runs]
+    for name,out in zip(short_names(runs), runs, strict=True):
         for f in ('cfg.json','log.jsonl'):
             if not (out/f).exists(): raise ValueError(f"{out/f}: no such file: give the folder of a run")
-        logs[out.name],cfgs_[out.name] = pd.DataFrame(read_log(out)),json.loads((out/'cfg.json').read_text())['cfg']
+        logs[name],cfgs_[name] = pd.DataFrame(read_log(out)),json.loads((out/'cfg.json').read_text())['cfg']
         m = json.loads((out/'metrics.json').read_text()) if (out/'metrics.json').exists() else {}
         row = dict(official=m.get('scores', {}).get(m.get('model'), {}).get('official'))
         if (out/'errors.parquet').exists():
             low,high = np.quantile(bootstrap(pd.read_parquet(out/'errors.parquet')), [.05, .95])
             row['90 % of samples'] = f'{low:.4f} to {high:.4f}'
-        rows[out.name] = row | dict(parameters=m.get('parameters'), minutes=round(logs[out.name].seconds.max()/60, 1))
+        rows[name] = row | dict(parameters=m.get('parameters'), minutes=round(logs[name].seconds.max()/60, 1))
     differ = [k for k in asdict(cfg_0) if len({repr(c.get(k)) for c in cfgs_.values()}) > 1]
     for name,c in cfgs_.items(): rows[name] |= {k: c.get(k) for k in differ}
     return pd.DataFrame(rows).T,plot_runs(logs)
@@ -1218,7 +1219,7 @@ def watch(out)->str: # text of a few lines
     out = Path(out)
     if not (out/'status.json').exists(): raise ValueError(f"{out}: no run has been started here")
     status,log = json.loads((out/'status.json').read_text()),pd.DataFrame(read_log(out) if (out/'log.jsonl').exists() else [])
-    if not len(log): return f"{out.name}: process {status['pid']} on {status['host']}, nothing logged yet"
+    if not len(log): return f"{short_names([out])[0]}: process {status['pid']} on {status['host']}, nothing logged yet"
     step,total,seconds = int(log.step.max()),status['steps'],log.seconds.max()
     kind = 'loss' if 'loss' in log else 'mae'
     loss,left = log[kind].dropna(),(total - step)*seconds/max(step, 1)
@@ -1226,7 +1227,7 @@ def watch(out)->str: # text of a few lines
     low,high = loss.min(),loss.max()
     spark = ''.join('▁▂▃▄▅▆▇█'[int(7*(b.mean() - low)/max(high - low, 1e-9))] for b in bins)
     who = f"process {status['pid']} on {status['host']}"
-    text = [f"{out.name}: {'finished' if (out/'metrics.json').exists() and step >= total else who}",
+    text = [f"{short_names([out])[0]}: {'finished' if (out/'metrics.json').exists() and step >= total else who}",
             f"[{'#'*int(30*step/total):.<30}] step {step:,} of {total:,}, {status['sequences']/total*step/max(seconds, .1):.0f} sequences/s, {pd.Timedelta(seconds=round(left))} left",
             f"{kind} {loss.iloc[-1]:.4f}  {spark}"]
     if 'mae' in log: text.append(f"held-out official MAE {log.mae.dropna().iloc[-1]:.4f} after epoch {int(log.epoch[log.mae.notna()].iloc[-1])}")
