@@ -198,63 +198,56 @@ def shipped()->str: # one line
     *names,last = [m['path'] for m in d['members']]
     return f"predicting with {', '.join(names)} and {last} of ribo_nb {ribo_nb.__version__}, trained on {d['data']}; what they are good for: {SHIPPED.parent/'MODEL_CARD.md'}"
 
-# %% ../nbs/05_infer.ipynb #2144ad43
-def _fasta_records(path, longest=1<<16):
-    "(name, sequence) of each record; no line is read further than it can be long"
-    name,parts,k,size = None,[],0,0
-    with (gzip.open if open(path, 'rb').read(2) == b'\x1f\x8b' else open)(path, 'rt', encoding='utf-8-sig', newline=None) as f:
-        for n,line in enumerate(iter(lambda: f.readline(longest), ''), 1):
-            if len(line) == longest: raise ValueError(f"{path}, line {n}: longer than {longest:,} letters: is this FASTA? An RNA has at most {LONGEST:,} nt")
-            if not (line := line.strip()) or line[0] == ';': continue
-            if line[0] == '>':
-                if name is not None: yield name,''.join(parts)
-                name,parts,k,size = line[1:].split()[0] if line[1:].split() else f'record_{k+1}',[],k+1,0
-            elif name is None: raise ValueError(f"{path}, line {n}: found {line[:20]!r}, expected '>name': is this FASTA?")
-            else:
-                parts += line.split()
-                size += len(line)
-                if size > 8*LONGEST: raise ValueError(f"{path}, record {k} ({name}): more than {LONGEST:,} nt: cut it into overlapping windows")
-    if name is None: raise ValueError(f"{path}: no records: expected lines of '>name' and sequence")
-    yield name,''.join(parts)
-
-def _fasta_tables(path, size=4096):
-    records,first = _fasta_records(path),0
-    while part := list(itertools.islice(records, size)):
-        t = pd.DataFrame(part, columns=['name','sequence'], index=range(first, first+len(part)))
-        yield t.assign(sequence=clean_sequences(t.sequence.tolist(), path, 'record', t.name.tolist(), first))
-        first += len(part)
-
 # %% ../nbs/05_infer.ipynb #20ae3935
-def _csv_tables(path):
+def _csv_tables(path, left_out):
     for t in text_tables(path, ('sequence_id','id','name','sequence','id_min','id_max','dataset_name')):
         if not len(t): continue
-        t['sequence'] = clean_sequences(t.sequence.tolist(), path, first=t.index[0])
-        name = next((t[c] for c in ('sequence_id','id','name') if c in t), None)
-        t['name'] = t.sequence.map(sequence_id) if name is None else name.where(name.notna(), '').astype(str)
-        if (blank := t.name.str.strip() == '').any(): raise ValueError(f"{path}, row {blank.idxmax()+1}: the id is blank: fill it in")
-        if (odd := t.name.str.contains(r'[\x00-\x1f\x7f]')).any():
-            raise ValueError(f"{path}, row {odd.idxmax()+1}: the id {t.name[odd].iloc[0]!r} has a tab, a line break or the like in it: rename it")
         if (have := {'id_min','id_max'} & set(t)) and len(have) < 2:
             raise ValueError(f"{path}: has {have.pop()} but not both id_min and id_max: a submission needs both, a table of predictions neither")
+        if have and left_out.skip:
+            raise ValueError(f"{path}: has id_min and id_max, so it becomes a submission, and one that lacks rows is invalid: correct the bad rows and leave "
+                             f"--skip-bad away, or remove the two columns to get a table")
+        column = next((c for c in ('sequence_id','id','name') if c in t), None)
+        names = t[column].where(t[column].notna(), '').astype(str).tolist() if column else ['']*len(t)
+        t['sequence'] = clean_or_leave_out(t.sequence.tolist(), names, int(t.index[0]), left_out)
+        t = t.assign(name=names)[t.sequence.notna()]
+        t = _well_named(t, column, left_out) if column else t.assign(name=t.sequence.map(sequence_id), unnamed=True)
         yield numbers(t, sorted(have), path, whole=True)
+
+def _well_named(t, column, left_out):
+    "The rows whose names can be used"
+    word = 'name' if column == 'name' else 'id'
+    blank,odd = t.name.str.strip() == '',t.name.str.contains(r'[\x00-\x1f\x7f]')
+    for k in t.index[blank]: left_out.add(k+1, '', f'the {word} is blank: fill it in')
+    for k in t.index[odd & ~blank]:
+        left_out.add(k+1, '', f'the {word} {t.name[k]!r} has a tab, a line break or the like in it: rename it')
+    return t[~blank & ~odd]
 
 # %% ../nbs/05_infer.ipynb #abedbcc2
 class Sequences:
     "The sequences of a FASTA file, a CSV, TSV or Parquet table, checked, in the order of their ids; ValueError names file, row and remedy"
-    def __init__(self, path):
+    def __init__(self,
+        path,
+        skip:bool=False, # leave out what is bad? `left_out` holds it
+    ):
         self.path = path = Path(path)
         self.table = path.name.lower().removesuffix('.gz').endswith(('.csv','.tsv','.parquet','.pq'))
         self.file = tempfile.TemporaryFile(prefix='ribo_seqs_')  # gone with the process, however it ends
-        sizes,ids,hashes,self.sets = [],[],[],{}
+        self.left_out = LeftOut(path, skip, 'row' if self.table else 'record')
+        sizes,ids,hashes,self.sets,self.number = [],[],[],{},[]
         with readable(path, 'a CSV or Parquet table of sequences' if self.table else "FASTA, lines of '>name' and sequence"):
-            for t in (_csv_tables if self.table else _fasta_tables)(path):
+            for t in _csv_tables(path, self.left_out) if self.table else fasta_tables(path, self.left_out, LONGEST):
+                if not self.table: t['name'] = [name or f'record_{k+1}' for k,name in t.name.items()]
+                self.called = None if 'unnamed' in t else 'id' if {'sequence_id','id'} & set(t) else 'name'
                 sizes.append(self._spool(t, hashes))
                 if 'id_min' in t: ids.append(t[['id_min','id_max']].to_numpy())
         names,self.length,self.set = np.concatenate(sizes).T
         self.start,self.named = np.r_[0, np.cumsum(names + self.length)],names
-        self._check_names(np.concatenate(hashes))
+        self.number = np.concatenate(self.number)  # of each in the file, from 1
+        if not len(names): raise self.left_out.nothing_left()
+        use = self._first_of_each(np.concatenate(hashes))
         self.low = np.concatenate(ids)[:,0] if ids else None
-        self.order = np.argsort(self.low, kind='stable') if ids else np.arange(len(self.length))
+        self.order = np.argsort(self.low, kind='stable') if ids else use
         if ids: self._check_ids(*np.concatenate(ids)[self.order].T)
         self.length,self.set = self.length[self.order],self.set[self.order]
         if ids: self.low = self.low[self.order]
@@ -263,22 +256,30 @@ class Sequences:
 
     def _spool(self, t, hashes):
         "Write names and letters of a piece; their sizes, and the number of the data set"
-        for k,(name,s) in enumerate(zip(t.name, t.sequence, strict=True)):
-            check_length(len(s), f"{self.path}, {'row' if self.table else 'record'} {t.index[0]+k+1} ({name[:40]})")
+        good = []
+        for k,name,s in zip(t.index, t.name, t.sequence, strict=True):
+            try: check_length(len(s), self.left_out.place(k+1, name))
+            except ValueError as e: self.left_out.add(k+1, name, e)
+            else: good.append(k)
+        t = t.loc[good]
+        self.number.append(t.index.to_numpy(int) + 1)
         rows = [(n.encode(), s.encode()) for n,s in zip(t.name, t.sequence, strict=True)]
         self.file.write(b''.join(itertools.chain.from_iterable(rows)))
         self.file.flush()
         hashes.append(np.frombuffer(b''.join(blake2b(n, digest_size=8).digest() for n,_ in rows), np.uint64))
         sets = t.dataset_name.astype(str) if 'dataset_name' in t else itertools.repeat('')
-        return np.array([(len(n), len(s), self.sets.setdefault(d, len(self.sets))) for (n,s),d in zip(rows, sets)])
+        return np.array([(len(n), len(s), self.sets.setdefault(d, len(self.sets))) for (n,s),d in zip(rows, sets)], int).reshape(-1, 3)
 
-    def _check_names(self, h):
+    def _first_of_each(self, h)->np.ndarray: # positions of the first of each name
         order = np.argsort(h, kind='stable')
-        if (same := h[order[1:]] == h[order[:-1]]).any():
-            k = int(order[1:][same].min())
-            self.order = np.arange(len(h))
-            raise ValueError(f"{self.path}, {'row' if self.table else 'record'} {k+1}: the {'id' if self.table else 'name'} {self._read(k)[0]!r} is used twice: "
-                             f"{'drop one of the rows' if self.table else 'rename one'}")
+        new = np.r_[True, h[order[1:]] != h[order[:-1]]]
+        first = order[new][np.cumsum(new) - 1]  # of the same name
+        for k,f in sorted(zip(order[~new].tolist(), first[~new].tolist(), strict=True)):
+            name,seen = self._read(k)[0],f'the first is {self.left_out.what} {self.number[f]}'
+            why = f"this sequence is there twice ({seen}): drop one of the rows" if not self.called else (
+                  f"the {self.called} {name!r} is used twice ({seen}): {'drop one of the rows' if self.table else 'rename one; a name ends at the first blank'}")
+            self.left_out.add(int(self.number[k]), name if self.called else '', why)
+        return np.sort(order[new])
 
     def _check_ids(self, lo, hi):
         n = self.length[self.order]
@@ -610,9 +611,11 @@ def infer_file(
     mutate:bool=False, # also a mutate-and-map of the first RNA
     shard:tuple=(0, 1), # which share of the work, of how many
     hours:float=0., # stop in time; 0: no limit
+    skip_bad:bool=False, # leave out records that are bad, and list them in OUT.skipped.csv
 )->str: # what was done, in one line
     "Predict a file, going on where an earlier start stopped"
-    out,seqs = _checked(out, source, figures, report)
+    out,seqs = _checked(out, source, figures, report, skip_bad)
+    if (text := seqs.left_out.report(out)) and not shard[0]: click.echo(text, err=True)
     if bpps: BppStore(bpps, folding(model.cfgs[0]))  # an error of the store comes first
     if structures and seqs.low is None: vienna()
     job = Job(out, job_of(model, seqs, structures), seqs.length)
@@ -625,12 +628,12 @@ def infer_file(
     return text + draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate)
 
 # %% ../nbs/05_infer.ipynb #04015e27
-def _checked(out, source, figures, report): # path, sequences; ValueError before anything is computed
+def _checked(out, source, figures, report, skip_bad=False): # path, sequences; ValueError before anything is computed
     out = check_target(out, source)
     if not is_csv(out) and out.suffix not in ('.parquet','.rdat'): raise ValueError(f"{out}: the output is a .parquet, .csv, .csv.gz or .rdat file")
     if report: check_target(report, source, out)
     if figures: check_target(Path(figures)/'x')
-    seqs = Sequences(source)
+    seqs = Sequences(source, skip_bad)
     if out.suffix == '.rdat' and (seqs.low is not None or len(seqs) > 10_000): raise ValueError(f"{out}: RDAT holds up to 10,000 RNAs and no submission: write .parquet or .csv")
     return out,seqs
 
@@ -695,7 +698,8 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
 @click.option('--hours', default=0., type=click.FloatRange(0), help='Stop in time, with all finished parts kept; 0: no limit.')
 @click.option('--merge', is_flag=True, help='Only join parts that shards have made, perhaps on other machines.')
 @click.option('--pseudo', type=click.Path(path_type=Path), help='Write a store to train on: this one and, as pseudo-labels, SEQUENCES.')
-def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_structure, figures, report, measured, mutate, shard, hours, merge, pseudo):
+@click.option('--skip-bad', is_flag=True, help='Leave out records that are bad (not a submission), instead of stopping at the first, and list them in OUT.skipped.csv.')
+def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_structure, figures, report, measured, mutate, shard, hours, merge, pseudo, skip_bad):
     """Predict 2A3 and DMS reactivity (0 to 1 per nucleotide) of SEQUENCES.
 
     Without --ckpt the models that come with ribo_nb are used; MODEL_CARD.md beside them says what they are good for.
@@ -707,14 +711,16 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
     model = load(list(ckpt) or None, device, flip, raw, precision)
     if not ckpt and not int(os.environ.get('LOCAL_RANK', 0)): click.echo(shipped(), err=True)
     if pseudo:
-        n = write_pseudo(model, read_sequences_file(sequences).sequence, Store(pseudo), out, BppStore(bpps, folding(model.cfgs[0])))
+        seqs = Sequences(sequences, skip_bad)
+        if text := seqs.left_out.report(out): click.echo(text, err=True)
+        n = write_pseudo(model, seqs.take().sequence, Store(pseudo), out, BppStore(bpps, folding(model.cfgs[0])))
         click.echo(f'{out}: {n} sequences with pseudo-labels, behind the rows of {pseudo}'); return
     if merge:
-        seqs = Sequences(sequences)
+        seqs = Sequences(sequences, skip_bad)
         if not out.with_name(f'{out.name}.parts').is_dir(): raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")
         join(Job(check_target(out, sequences), job_of(model, seqs, not no_structure), seqs.length), seqs)
         click.echo(f'{out}: joined'); return
-    try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, Store(measured) if measured else None, mutate, shard, hours))
+    try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, Store(measured) if measured else None, mutate, shard, hours, skip_bad))
     except Stopped as e:
         click.echo(str(e), err=True)
         raise SystemExit(STOPPED) from e
