@@ -282,7 +282,7 @@ def test_messages_speak_of_what_is_there(tmp_path):
 
 def test_bpp_reads_fasta(tmp_path):
     "The reader of ribo_infer, also for .fa.gz and for FASTA under another name; a table stays a table"
-    with gzip.open(tmp_path/'x.fa.gz', 'wt') as f: f.write(FASTA.replace('\n', '\r\n'))
+    with gzip.open(tmp_path/'x.fa.gz', 'wt') as f: f.write(FASTA.replace('ACGU\n'*1300, 'ACGU\n'*13).replace('\n', '\r\n'))
     (tmp_path/'x.txt').write_text('; a comment\n>a\nGGGAAACCC\n')
     (tmp_path/'y.txt').write_text('sequence\nGGGAAACCC\n')
     for name in ('x.txt', 'y.txt'): assert read_sequences(tmp_path/name) == ['GGGAAACCC']
