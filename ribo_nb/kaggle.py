@@ -189,7 +189,7 @@ def begin(
     data = _kernel_store(spec, root, scratch)
     if spec['bpps'] and not (to := scratch/'bpp'/spec['bpps']).exists():
         to.mkdir(parents=True)
-        for n in ('key.json','index.bin','pairs.bin'): shutil.copyfile(_attached(root, n)[0], to/n)
+        for n in ('key.json','index.bin','pairs.bin'): shutil.copyfile(data.parent/n, to/n)  # came with the store
     return SimpleNamespace(cfg=spec['cfg'], overrides=json.dumps(json.loads(spec['overrides']) | dict(time_budget=_hours_left(spec, began))), data=str(data), run=str(run),
                            bpps=str(scratch/'bpp'), processes=max(1, len(cards)))
 
@@ -586,9 +586,21 @@ def _dataset_folder(folder, user, title, files)->Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for p in folder.iterdir(): p.unlink()
-    for f in files: os.symlink(Path(f).absolute(), folder/Path(f).name)
+    for f in files:
+        if (link := folder/Path(f).name).is_symlink(): raise ValueError(f"{f}: another file of this name goes into the same dataset ({link.readlink()}): rename one")
+        os.symlink(Path(f).absolute(), link)
     (folder/'dataset-metadata.json').write_text(json.dumps(dict(id=f'{user}/{slug(title)}', title=title, licenses=[dict(name='other')]), indent=1))
     return folder
+
+def _data_title(data)->str:
+    "What the dataset of a store is called: no other store has this name, and this one keeps it"
+    path,titles = str(Path(data).absolute()),remembered('data-titles').get('titles', {})
+    if path not in titles:
+        plain = f'ribo nb data {slug(Path(data).stem)}'[:50]
+        taken = {slug(t) for t in titles.values()}
+        titles[path] = plain if slug(plain) not in taken else f'{plain[:43]} {uuid.uuid5(uuid.NAMESPACE_URL, path).hex[:6]}'
+        remember('data-titles', titles=titles)
+    return titles[path]
 
 def _cached_wheels():
     "Fetched once for these versions, whole or not at all"
@@ -620,7 +632,7 @@ def prepare(
         name = store_folder('', folding(make_cfg(spec['cfg'], spec['overrides'])), 1e-3).name if bpps else ''
         have = sorted((Path(bpps)/name).glob('*.[bj]*')) if bpps and (Path(bpps)/name/'pairs.bin').exists() else []
         spec |= dict(store=[Path(data).name, sha256(data)], bpps=name if have else '')
-        sets.append(_dataset_folder(place/'dataset-data', user, f'ribo nb data {slug(Path(data).stem)}'[:50], [data, *have]))
+        sets.append(_dataset_folder(place/'dataset-data', user, _data_title(data), [data, *have]))
     refs = [json.loads((d/'dataset-metadata.json').read_text())['id'] for d in sets]
     return spec,write_kernel(place/'kernel', spec, user, refs, kernels, competition if spec['infer'] is not None or not data else '', accelerator),sets
 
