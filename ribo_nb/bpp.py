@@ -19,6 +19,7 @@ from io import FileIO
 from matplotlib.patches import Arc
 from multiprocessing.connection import Pipe
 from numba import njit
+from tqdm import tqdm
 from pathlib import Path
 from threading import Lock,Thread
 from torch import Tensor
@@ -383,6 +384,12 @@ class Engine:
     def seconds(n:int)->float: return 2e-6*n**2 # rough time for n nucleotides, to share the work
 
 # %% ../nbs/01_bpp.ipynb #dea6ba1d
+def _is_compiled()->bool:
+    "Has this process, or an earlier one whose work Numba has kept, compiled the engine?"
+    if not hasattr(_outside, 'stats') or _outside.signatures: return True  # without a compiler, or done already
+    kept = Path(_outside.stats.cache_path).glob('*._outside-*.nbi')
+    return any(f.stat().st_mtime > Path(__file__).stat().st_mtime for f in kept)  # older ones are for other code
+
 class Native(Engine):
     "CONTRAfold's partition function, compiled; `params` is a file in CONTRAfold's format, default `native_params()`"
     name,licence,version,install = 'native','Apache-2.0; parameters: BSD','1','part of ribo_nb'
@@ -393,7 +400,11 @@ class Native(Engine):
     def where(cls): return f'ribo_nb, parameters {native_params()}'
     @staticmethod
     def seconds(n): return 2.5e-3*(n/177)**2.7
-    def prepare(self): self.pairs('GGGAAAACCC')  # compiles, so that children need not
+    def prepare(self):
+        "Compile, so that children need not; the first time on a machine that takes a while"
+        if not _is_compiled():
+            tqdm.write('compiling the folding engine: about half a minute, once on this machine', file=sys.stderr)
+        self.pairs('GGGAAAACCC')
 
     def pairs(self, sequence, threshold=0.):
         s = encode(sequence).astype(np.int64) - 1
@@ -943,6 +954,7 @@ class BppStore:
         device='cpu',
     )->Tensor: # (b l l), float32, padded with zeros to the longest
         "Dense, symmetric BPPs of a batch; ValueError for a sequence that is missing or a record that is damaged"
+        if not len(sequences): return torch.zeros(0, 0, 0, device=device)
         rows = self.rows(sequences)
         if (rows < 0).any() and len(self.files.refresh()): rows = self.rows(sequences)  # another process may have added them
         if (rows < 0).any():
@@ -991,7 +1003,7 @@ def plot_arcs(
         ax.add_patch(Arc(((i+j)/2+1, 0), j-i, j-i, theta1=0, theta2=180, color='#30507a', alpha=float(bpp[i,j]),
                          lw=1.3))
     ax.set(xlim=(.3, n+.7), ylim=(0, max(4, (pairs[:,1]-pairs[:,0]).max(initial=4)/2*1.05))); ax.axis('off')
-    ax.set_title(title, fontsize=10)
+    ax.set_title(wrapped(title, fig.get_figwidth()), fontsize=10)
     if react is not None:
         color = np.ma.masked_invalid(np.asarray(react, float)[:,0])
         ax.scatter(np.arange(1, n+1), np.zeros(n), c=color, cmap=plt.get_cmap('YlOrRd').with_extremes(bad='.9'), vmin=0, vmax=1, s=14, ec='.5', lw=.3,
@@ -1151,7 +1163,7 @@ def ribo_bpp(table, out, name, params, threshold, jobs, limit, show, mend, skip_
     left_out = LeftOut(table, skip_bad, 'record' if is_fasta(table) else 'row')
     seqs,eng = read_sequences(table, left_out),engine(name, params)
     folder = store_folder(out, eng, threshold)
-    if mend and folder.exists(): click.echo(f'{folder}: {repair(folder)} damaged records dropped')
+    if mend and folder.exists(): click.echo(f'{shown(folder)}: {repair(folder)} damaged records dropped')
     bpps = BppStore(out, eng, threshold)
     todo = len(bpps.missing(seqs))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is folded gets stored on the way out
@@ -1160,5 +1172,5 @@ def ribo_bpp(table, out, name, params, threshold, jobs, limit, show, mend, skip_
         if not skip_bad or not bpps.failed: raise
     finally: signal.signal(signal.SIGTERM, before)
     for sequence,why in bpps.failed.items(): left_out.add('', sequence, why)
-    click.echo(f'{bpps.folder}: {todo-len(bpps.failed)} sequences folded, {len(seqs)-todo} were there')
+    click.echo(f'{shown(bpps.folder)}: {todo-len(bpps.failed)} sequences folded, {len(seqs)-todo} were there')
     if text := left_out.report(out/table.name): click.echo(text, err=True)

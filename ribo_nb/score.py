@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LEVELS', 'id_batches', 'ById', 'read_solution', 'read_submission', 'check_submission', 'score_files',
            'report_overlap', 'out_of_fold', 'fit_weights', 'quantile_regression', 'calibrate', 'coverage',
-           'mean_spread', 'fit_ensemble', 'plot_reliability', 'report_runs', 'ribo_score']
+           'mean_spread', 'fit_ensemble', 'plot_reliability', 'report_runs', 'number_of', 'ribo_score']
 
 # %% ../nbs/05b_score.ipynb #1c0bff45
-import json,mmap,os,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,torch
+import json,mmap,os,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,torch
 import matplotlib.pyplot as plt,seaborn as sns
 from collections import defaultdict
 from pathlib import Path
@@ -22,21 +22,19 @@ from .infer import *
 # %% ../nbs/05b_score.ipynb #4e52cf82
 def id_batches(path, *more, size:int=1<<17):
     "Batches of a submission or solution: ids, reactivities in the order of MODS (n m), `more` columns or None, number of the first row"
-    with readable(path, 'a CSV or Parquet table with the columns of a submission'):
-        names = pq.read_schema(path).names if is_parquet(path) else pv.open_csv(path).schema.names
-        if missing := [c for c in SUBMISSION.names if c not in names]: raise ValueError(f"{path}: column(s) {', '.join(missing)} are missing")
-        use,first = [c for c in [*SUBMISSION.names, *more] if c in names],0
-        types = {c: pa.float64() for c in SUBMISSION.names} | {c: pa.string() for c in more}
-        for b in (pq.ParquetFile(path).iter_batches(size, columns=use) if is_parquet(path) else
-                  pv.open_csv(path, convert_options=pv.ConvertOptions(column_types=types, include_columns=use, strings_can_be_null=True))):
-            if not len(b): continue
-            ids = b['id'].cast(pa.float64()).to_numpy(zero_copy_only=False)
-            if (bad := ~np.isfinite(ids) | (ids != np.round(ids)) | (ids < 0) | (ids > 2**40)).any():
-                raise ValueError(f"{path}, row {first+int(bad.argmax())+1}: id is {ids[bad.argmax()]}, expected a whole number from 0 on")
-            values = np.stack([b[f'reactivity_{m}_MaP'].cast(pa.float32()).to_numpy(zero_copy_only=False) for m in MODS], 1)
-            yield ids.astype(np.int64),values,[b[c].to_pandas().astype(str) if c in names else None for c in more],first
-            first += len(b)
-        if not first: raise ValueError(f"{path}: the table has no rows")
+    def choose(names):
+        check_columns(path, names, SUBMISSION.names)
+        types = dict.fromkeys(SUBMISSION.names, pa.float32()) | {'id': pa.float64()}
+        return types | {c: pa.string() for c in more if c in names}
+    first = 0
+    for b,_ in table_batches(path, choose, 'a CSV or Parquet table with the columns of a submission', size):
+        ids = as_numbers(path, 'id', b['id'], first, pa.float64())
+        if (bad := ~np.isfinite(ids) | (ids != np.round(ids)) | (ids < 0) | (ids > 2**40)).any():
+            raise ValueError(f"{path}, row {first+int(bad.argmax())+1}: id is {ids[bad.argmax()]}, expected a whole number from 0 on")
+        values = np.stack([as_numbers(path, c, b[c], first) for c in (f'reactivity_{m}_MaP' for m in MODS)], 1)
+        yield ids.astype(np.int64),values,[b[c].to_pandas().astype(str) if c in b.schema.names else None for c in more],first
+        first += len(b)
+    if not first: raise ValueError(f"{path}: the table has no rows")
 
 # %% ../nbs/05b_score.ipynb #dbfb904e
 class ById:
@@ -68,20 +66,21 @@ class ById:
         return (~got.view(np.uint32)).view(np.float32).reshape(-1, 2)
 
 # %% ../nbs/05b_score.ipynb #6633c317
-def read_solution(path)->tuple: # ById with NaN where Kaggle ignores a position; first and last id that count
-    "The positions of a solution that count: not ignored, both modifiers there"
-    out,low,high = ById(),2**62,-1
+def read_solution(path)->tuple: # ById with NaN where Kaggle ignores a position; first and last id that count; is the score official?
+    "The positions of a solution that count: not ignored, both modifiers there; without any such, those with one modifier"
+    out,both,one = ById(),(2**62, -1),(2**62, -1)
+    def wider(span, ids): return (min(span[0], int(ids.min())),max(span[1], int(ids.max()))) if len(ids) else span
     for ids,values,(use,),first in progress(id_batches(path, 'Usage'), f'read {Path(path).name}', unit='batch'):
-        keep = ~np.isnan(values).any(1)
+        keep = ~np.isnan(values).all(1)
         if use is not None:
             use = use.str.lower()
             if (bad := ~use.isin(['public','private','ignored'])).any():
                 raise ValueError(f"{path}: Usage of id {ids[bad.idxmax()]} is {use[bad.idxmax()]!r}, expected Public, Private or Ignored")
             keep &= (use != 'ignored').to_numpy()
         out.put(ids[keep], values[keep].clip(0, 1), path)
-        if keep.any(): low,high = min(low, int(ids[keep].min())),max(high, int(ids[keep].max()))
-    if high < 0: raise ValueError(f"{path}: no position counts: all are blank or ignored")
-    return out,low,high
+        one,both = wider(one, ids[keep]),wider(both, ids[keep & ~np.isnan(values).any(1)])
+    if one[1] < 0: raise ValueError(f"{path}: no position counts: all are blank or ignored")
+    return (out, *both, True) if both[1] >= 0 else (out, *one, False)
 
 def read_submission(path)->ById:
     out = ById()
@@ -91,22 +90,19 @@ def read_submission(path)->ById:
     return out
 
 # %% ../nbs/05b_score.ipynb #b012b4c5
-def _header(path, expected): # names of the columns
-    with readable(path, expected): return pq.read_schema(path).names if is_parquet(path) else pv.open_csv(path).schema.names
-
 def check_submission(
     path, # the submission
     test, # test_sequences (FASTA has no ids) or a sample submission
 )->int: # rows
     "Raise ValueError, naming the first broken rule with row and remedy, unless this is a submission for `test`"
-    if 'sequence' in _header(test, 'test_sequences or a sample submission'):
+    if 'sequence' in column_names(test, 'test_sequences or a sample submission'):
         seqs = Sequences(test)
         if seqs.low is None: raise ValueError(f"{test}: has no id_min and id_max: give Kaggle's test_sequences")
         first,last = int(seqs.low[0]),int(seqs.low[-1] + seqs.length[-1] - 1)
     else:
         first,last = 2**62,-1
         for ids,*_ in id_batches(test): first,last = min(first, int(ids[0])),max(last, int(ids[-1]))
-    if (found := _header(path, 'a submission, .parquet or .csv')) != SUBMISSION.names: raise ValueError(f"{path}: its columns are {', '.join(found)}, expected {', '.join(SUBMISSION.names)}, in this order")
+    if (found := column_names(path, 'a submission, .parquet or .csv')) != SUBMISSION.names: raise ValueError(f"{path}: its columns are {', '.join(found)}, expected {', '.join(SUBMISSION.names)}, in this order: write it with index=False")
     row = 0
     def stop(bad, text): raise ValueError(f"{path}, row {row+int(bad.argmax())+1}: {text(int(bad.argmax()))}")
     for ids,v,_,row in id_batches(path):
@@ -142,9 +138,9 @@ def score_files(
     test=None, # its test_sequences: scores by length and data set
     store:Store|None=None, # the training data: overlap with the test set, and three baselines
     bpps=None, # folder of a BPP store, for the baselines
-)->pd.DataFrame: # indexed by who, group, value: 2A3, DMS, official, positions
-    "The hosts' metric, streaming; ValueError when a submission does not cover the solution"
-    truth,low,high = read_solution(solution)
+)->pd.DataFrame: # indexed by who, group, value: 2A3, DMS, official (or MAE of …), positions
+    "The hosts' metric, streaming, or `MAE of …` where no position has both modifiers; ValueError when a submission does not cover the solution"
+    truth,low,high,official = read_solution(solution)
     names = [Path(p).stem for p in submissions]
     if len(set(names)) < len(names): names = short_names(submissions)
     preds = {name: (read_submission(p), p) for name,p in zip(names, submissions, strict=True)}
@@ -154,33 +150,40 @@ def score_files(
         if seqs is None: raise ValueError('the baselines need the test sequences too')
         known = set(store.rows.sequence)
         fitted,base = _fit_without(store, known, seqs, bpps)
-    sums,groups = defaultdict(lambda: np.zeros(3)),_grouping(seqs, known)
+    sums,groups = defaultdict(lambda: np.zeros(4)),_grouping(seqs, known)
     for a,b,t in progress(_blocks(truth, low, high, seqs), 'score', unit='block'):
         y = truth.take(a, b)
         if np.isnan(y).all(): continue
         each = {who: p.take(a, b) for who,(p,_) in preds.items()}
-        for who,p in each.items(): _check_complete(preds[who][1], p, y, a)
+        for who,p in each.items(): _check_complete(preds[who][1], p, y, a, official)
         if store is not None:
             base.fill(t.sequence)
             each |= {who: np.concatenate(p) for who,p in look_up(fitted, t.sequence.tolist(), base).items()}
-        _add(sums, each, y, t, a, groups)
-    rows = {k: dict(zip(MODS, v[:2]/v[2], strict=True)) | dict(official=v[:2].mean()/v[2], positions=int(v[2])) for k,v in sums.items()}
-    return pd.DataFrame.from_dict(rows, orient='index').rename_axis(['who','group','value'])
+        _add(sums, each, y, t, a, groups, official)
+    there = [k for k in range(len(MODS)) if any(v[2+k] for v in sums.values())]
+    name = 'official' if official else f"MAE of {' and '.join(MODS[k] for k in there)}"
+    rows = {}
+    for key,v in sums.items():
+        mae = {MODS[k]: v[k]/v[2+k] for k in there if v[2+k]}
+        rows[key] = mae | {name: np.mean(list(mae.values())), 'positions': int(v[2:].max())}
+    t = pd.DataFrame.from_dict(rows, orient='index').rename_axis(['who','group','value'])
+    return t[[*(MODS[k] for k in there), name, 'positions']]
 
 # %% ../nbs/05b_score.ipynb #14455b7a
-def _add(sums, each, y, t, a, groups):
+def _add(sums, each, y, t, a, groups, official=True):
     "Sums of absolute errors of one block"
     spans = [(0, len(y), None, '')] if t is None else [(lo-a, hi-a+1, k, s) for lo,hi,k,s in zip(t.id_min, t.id_max, t.k, t.sequence, strict=True)]
     for who,p in each.items():
         wrong = np.abs(p.astype(float) - y)
         for lo,hi,k,s in spans:
             w = wrong[lo:hi]
-            w = w[~np.isnan(w).any(1)]
+            w = w[~(np.isnan(w).any(1) if official else np.isnan(w).all(1))]
             if len(w):
-                for g in groups(k, s): sums[(who, *g)] += np.r_[w.sum(0), len(w)]
+                for g in groups(k, s): sums[(who, *g)] += np.r_[np.nansum(w, 0), (~np.isnan(w)).sum(0)]
 
-def _check_complete(path, p, y, a):
-    if (gone := np.isnan(p).any(1) & ~np.isnan(y).any(1)).any():
+def _check_complete(path, p, y, a, official=True):
+    gone = np.isnan(p).any(1) & ~np.isnan(y).any(1) if official else (np.isnan(p) & ~np.isnan(y)).any(1)
+    if gone.any():
         raise ValueError(f"{path}: {int(gone.sum())} ids of the solution from {a} on are missing or blank, the first is {a+int(gone.argmax())}: the submission is not complete")
 
 def _check_cover(seqs, test, solution, low, high):
@@ -237,7 +240,7 @@ def fit_weights(
     y, # (n m)
 )->np.ndarray: # >= 0, sum 1, (k)
     "The weights with the smallest mean absolute error"
-    k = len(preds)
+    if not (k := len(preds)) or not len(y): raise ValueError('no positions to fit weights on')
     if k == 1: return np.ones(1)
     p,y = preds.reshape(k, -1).astype(float),y.ravel().astype(float)
     def loss(w):
@@ -273,6 +276,7 @@ def calibrate(
     y, # measured, (n m)
 )->dict: # modifier → quantile → coefficients of `features`
     "Quantiles of measurement minus prediction, as functions of prediction and spread"
+    if not len(y): raise ValueError('no positions to calibrate on')
     qs = sorted({x for l in LEVELS for x in ((1-l)/2, (1+l)/2)})
     return {mod: {f'{q:.3f}': quantile_regression(features(pred[:,m], spread[:,m]), y[:,m]-pred[:,m], q).tolist() for q in qs} for m,mod in enumerate(MODS)}
 
@@ -356,10 +360,13 @@ def report_runs(runs, path):
         parts.append((f'{name}: configuration', (out/'cfg.json').read_text()))
     write_report(path, ', '.join(names), parts)
 
+def number_of(t)->str: # the column of `score_files` that holds the one number
+    return next(c for c in t if c == 'official' or c.startswith('MAE of'))
+
 def _show(t):
     for g in t.index.unique('group'):
         d = t.xs(g, level='group')
-        d = d.droplevel('value') if g == 'all' else d.official.unstack('who')
+        d = d.droplevel('value') if g == 'all' else d[number_of(t)].unstack('who')
         yield (f'by {g}\n' if g != 'all' else '') + d.round(4).to_string()
 
 # %% ../nbs/05b_score.ipynb #58e90e81
@@ -396,9 +403,10 @@ def ribo_score(submission, solution, test, store, bpps, check, fit, ckpt, runs, 
         if store and not test: raise click.UsageError('The baselines need both --test and --store.')
         t = score_files([submission], solution, test, Store(store) if store else None, bpps)
         click.echo('\n\n'.join(_show(t)))
+        if number_of(t) != 'official': click.echo(f'\n{solution}: no position has both modifiers, so this is the {number_of(t)}, not the official score')
         if store: click.echo('\n' + report_overlap(Sequences(test), Store(store)))
-        groups = {g: t.xs((submission.stem, g), level=('who','group')).official.to_dict() for g in t.index.unique('group') if g != 'all'}
-        if figure and groups: fig = plot_errors(groups)
+        groups = {g: t.xs((submission.stem, g), level=('who','group'))[number_of(t)].to_dict() for g in t.index.unique('group') if g != 'all'}
+        if figure and groups: fig = plot_errors(groups, number_of(t).replace('official', 'official MAE'))
     if fig is not None and figure:
         with atomic(figure) as p: fig.savefig(p, dpi=120, format=figure.suffix[1:] or 'png')
     if fig is not None: plt.close(fig)
