@@ -1054,24 +1054,17 @@ def clean_or_leave_out(
             out.append(None)
     return out
 
-# %% ../nbs/01_bpp.ipynb #5e0c23b7
-import gzip
-
 # %% ../nbs/01_bpp.ipynb #5e0c23b3
 _tables = '.csv','.tsv','.parquet','.pq'
 _fastas = '.fa','.fasta','.fas','.fna','.ffn','.frn'
 
 def is_fasta(path)->bool:
     "Is a file FASTA, by its name or, where that says nothing, by its first letter?"
-    name = Path(path).name.lower().removesuffix('.gz')
+    name = re.sub(r'\.(gz|bz2|xz|zip)$', '', Path(path).name.lower())
     if name.endswith(_tables + _fastas): return name.endswith(_fastas)
     try:
-        with _open_fasta(path) as f: return f.read(1<<12).lstrip()[:1] in ('>', ';')
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error): return False
-
-def _open_fasta(path):
-    with open(path, 'rb') as f: packed = f.read(2) == b'\x1f\x8b'
-    return (gzip.open if packed else open)(path, 'rt', encoding='utf-8-sig', newline=None)
+        with open_text(path) as f: return f.read(1<<12).lstrip()[:1] in ('>', ';')
+    except (OSError, EOFError, ValueError, zlib.error): return False
 
 def _fasta_lines(f, longest=1<<16):
     "(number of the line, letters) of a text file without blank lines and comments; a long line comes in pieces"
@@ -1089,7 +1082,7 @@ def fasta_records(
 ): # yields name ('' where there is none), sequence, nucleotides
     "The records of a FASTA file; ValueError when it is none"
     name,parts,size = None,[],0
-    with _open_fasta(path) as f:
+    with open_text(path) as f:
         for number,text in _fasta_lines(f):
             if text[0] == '>':
                 if name is not None: yield name,''.join(parts),size

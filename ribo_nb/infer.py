@@ -824,9 +824,9 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
     store = Store(pseudo or measured) if pseudo or measured else None
     if merge and not out.with_name(f'{out.name}.parts').is_dir():
         raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")
-    if pseudo or merge: seqs = Sequences(sequences)
+    if pseudo or merge: seqs = Sequences(sequences, skip_bad)
     else:
-        out,seqs = _checked(out, sequences, figures, report)
+        out,seqs = _checked(out, sequences, figures, report, skip_bad)
         if not no_structure and seqs.low is None: vienna()
     model = load(list(ckpt) or None, device, flip, raw, precision)
     if not ckpt and not int(os.environ.get('LOCAL_RANK', 0)): click.echo(shipped(), err=True)
