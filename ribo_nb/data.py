@@ -8,7 +8,8 @@ __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERS
            'simulate', 'is_parquet', 'readable', 'writable', 'text_tables', 'read_table', 'numbers', 'ahead',
            'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool',
            'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches',
-           'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
+           'random_flips', 'held_out', 'write_holdout', 'RdatConstruct', 'read_rdat', 'is_rdat', 'rdat_as_raw',
+           'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
 import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,subprocess,sys,tempfile,threading,zlib
@@ -1253,6 +1254,318 @@ def write_holdout(
     with atomic(Path(folder)/'solution.parquet') as p: solution.to_parquet(p, index=False)
     return int(end[-1])
 
+# %% ../nbs/00_data.ipynb #a1c0de16
+from dataclasses import dataclass,field
+
+# %% ../nbs/00_data.ipynb #a1c0de03
+_RDAT_VALUES = 'REACTIVITY','AREA_PEAK','DATA'
+_RDAT_ERRORS = 'REACTIVITY_ERROR','REACTIVITY_ERRORS','AREA_PEAK_ERROR','AREA_PEAK_ERRORS','DATA_ERROR'
+_RDAT_NOTES = 'ANNOTATION_DATA','DATA_ANNOTATION'
+_RDAT_UNUSED = ('STRUCTURE','COMMENT','COMMENTS','CONSTRUCT','MUTPOS','WELLS','TRACE','READS','XSEL',
+                'XSEL_REFINE')
+
+@dataclass
+class RdatConstruct:
+    "One construct of an RDAT file, as it is written there; rows by their numbers"
+    name:str
+    sequences:dict = field(default_factory=dict) # row, or 0 for all → letters
+    offset:int = 0
+    seqpos:list|None = None # (letter or '', number)
+    notes:dict = field(default_factory=dict) # key → texts
+    data_types:list = field(default_factory=list) # old files: modifier of each row
+    row_notes:dict = field(default_factory=dict) # row → key → texts
+    values:dict = field(default_factory=dict) # row → (line, numbers)
+    errors:dict = field(default_factory=dict) # the same
+
+# %% ../nbs/00_data.ipynb #a1c0de05
+def _rdat_annotations(text):
+    "Key → texts of a line of annotations"
+    notes = {}
+    last = None
+    for item in text.split('\t') if '\t' in text else text.split():
+        key,colon,value = item.strip().partition(':')
+        if colon:
+            last = notes.setdefault(key.strip(), [])
+            last.append(value.strip())
+        elif key and last:
+            last[-1] += f' {key}'
+    return notes
+
+def _rdat_numbers(text, where):
+    "The numbers of a line; NaN where nothing was measured"
+    out = []
+    for item in re.split(r'[\s,]+', text.strip(' \t,')):
+        # Some files write value:error.
+        number = item.partition(':')[0]
+        try: out.append(np.nan if number.upper() in ('NA','NAN') else float(number))
+        except ValueError:
+            raise ValueError(f"{where}: found {item!r}, expected a number or NaN: is the file cut short?") from None
+        if abs(out[-1]) > 1e4: raise ValueError(f"{where}: found {item!r}, expected a number within ±10000 or NaN")
+    return np.array(out, np.float32)
+
+def _rdat_seqpos(text, where):
+    "Letter ('' if there is none) and number of each position"
+    found = re.split(r'[\s,]+', text.strip(' \t,'))
+    out = [re.fullmatch(r'([A-Za-z]?)(-?\d+)', item) for item in found]
+    if None in out:
+        raise ValueError(f"{where}: SEQPOS has {found[out.index(None)]!r}, expected positions such as G27 or 27")
+    numbers = [int(m[2]) for m in out]
+    if len(set(numbers)) < len(numbers): raise ValueError(f"{where}: SEQPOS names a position twice")
+    return [(m[1].upper().replace('T', 'U'), n) for m,n in zip(out, numbers, strict=True)]
+
+# %% ../nbs/00_data.ipynb #a1c0de07
+def _rdat_version(path, text):
+    "The version, checked"
+    number = re.fullmatch(r'\d+\.\d+', text)
+    if not number or float(text) < .2:
+        raise ValueError(f"{path}: RDAT version is {text!r}, expected 0.2 or newer: "
+                         f"rdat-kit converts older files")
+    return text
+
+def _rdat_lines(path, lines):
+    "(line number, key, row or None, text) of each line that says something"
+    numbered = {*_RDAT_VALUES, *_RDAT_ERRORS, *_RDAT_NOTES}
+    for number,line in enumerate(lines, 1):
+        if not line.strip(): continue
+        key,text = re.fullmatch(r'([A-Z_]*):?\s*(.*?)\s*', line.strip('\r\n')).groups()
+        row = None
+        if number_of_row := re.match(r'(\d+)(?:[\s,]+|$)', text):
+            if key in numbered or key == 'SEQUENCE':
+                row,text = int(number_of_row[1]),text[number_of_row.end():]
+        if key in numbered and not row:
+            raise ValueError(f"{path}, line {number}: {key} without the number of a row (counted from 1): "
+                             f"is the file cut short?")
+        yield number,key,row,text
+
+def _rdat_fields(construct, key, row, text, where):
+    "Keep what one line says of a construct"
+    if key == 'SEQUENCE': construct.sequences[row or 0] = text.upper().replace('T', 'U')
+    elif key == 'OFFSET':
+        if not re.fullmatch(r'[+-]?\d+', text): raise ValueError(f"{where}: OFFSET is {text!r}, expected a whole number")
+        construct.offset = int(text)
+    elif key == 'SEQPOS': construct.seqpos = _rdat_seqpos(text, where)
+    elif key == 'DATA_TYPE': construct.data_types = text.split()
+    elif key in _RDAT_NOTES: construct.row_notes.setdefault(row, {}).update(_rdat_annotations(text))
+    elif key in _RDAT_VALUES or key in _RDAT_ERRORS:
+        kept = construct.values if key in _RDAT_VALUES else construct.errors
+        if row in kept: raise ValueError(f"{where}: {key}:{row} is there twice: drop one")
+        kept[row] = where,_rdat_numbers(text, where)
+    elif key not in _RDAT_UNUSED:
+        raise ValueError(f"{where}: found {key or text[:20]!r}, expected a section of an RDAT file such as "
+                         f"SEQPOS or REACTIVITY: is it cut short?")
+
+def _check_last_number(where, text):
+    "ValueError when only the last number of a file has fewer decimals than all others of its line"
+    *others,last = [len(item.partition('.')[2]) for item in re.split(r'[\s,]+', text) if item.upper() not in ('NA','NAN')] or [0]
+    if len(others) > 8 and len(set(others)) == 1 and last < others[0]:
+        raise ValueError(f"{where}: the last number has {last} decimals, all others {others[0]}, and no line break follows: the "
+                         f"file is cut short, download or write it again")
+
+def _parse_rdat(path):
+    "Annotations of the file, and its constructs"
+    notes,constructs,version,key = {},[],None,''
+    with open(path, encoding='utf-8-sig') as file:
+        lines = list(file)
+    for number,key,row,text in _rdat_lines(path, lines):
+        where = f'{path}, line {number}'
+        if key in ('RDAT_VERSION','VERSION'): version = _rdat_version(path, text)
+        elif version is None:
+            raise ValueError(f"{where}: found {(key or text)[:20]!r}, expected RDAT_VERSION: is this an RDAT file?")
+        elif key == 'NAME': constructs.append(RdatConstruct(text))
+        elif key == 'ANNOTATION':
+            (constructs[-1].notes if constructs else notes).update(_rdat_annotations(text))
+        elif constructs: _rdat_fields(constructs[-1], key, row, text, where)
+        elif key not in _RDAT_UNUSED: raise ValueError(f"{where}: {key} stands before the first NAME")
+    if not constructs:
+        raise ValueError(f"{path}: has no construct, a line of NAME: it is cut short, download or write it again")
+    if lines and not lines[-1].endswith('\n') and key in (*_RDAT_VALUES, *_RDAT_ERRORS): _check_last_number(where, text)
+    return notes,constructs
+
+# %% ../nbs/00_data.ipynb #a1c0de09
+def _mutated(construct, mutations, where):
+    "The construct's sequence with mutations such as G12C; WT changes nothing"
+    letters = list(construct.sequences.get(0, ''))
+    for text in re.split(r'[\s,;]+', ' '.join(mutations).strip()):
+        if text.upper() in ('','WT','NONE'): continue
+        m = re.fullmatch(r'([ACGUT])(-?\d+)([ACGUT])', text.upper())
+        at = int(m[2]) - construct.offset - 1 if m else -1
+        if not 0 <= at < len(letters) or letters[at] != m[1].replace('T', 'U'):
+            raise ValueError(f"{where}: mutation {text!r} does not fit the construct's SEQUENCE and OFFSET: "
+                             f"give each row its sequence:… in ANNOTATION_DATA")
+        letters[at] = m[3].replace('T', 'U')
+    return ''.join(letters)
+
+def _rdat_sequence(construct, row, where):
+    "Letters of the RNA of a row, and whether they are its own"
+    notes = construct.row_notes.get(row, {})
+    own = notes.get('sequence', [construct.sequences.get(row)])[0]
+    found = own or _mutated(construct, notes.get('mutation', []), where)
+    if not found: raise ValueError(f"{where}: nothing says which RNA row {row} is: give it sequence:… in ANNOTATION_DATA")
+    try: return decode(encode(found)),bool(own)
+    except ValueError as e: raise ValueError(f"{where}: row {row} of {construct.name!r}: {e}") from e
+
+def _rdat_name(construct, row, sequence):
+    "What a row is called: by itself, by its design, or by its construct; else the hosts' sequence_id"
+    notes = construct.row_notes.get(row, {})
+    design = [v.partition(':')[2] for key in ('MAPseq','EteRNA','Eterna') for v in notes.get(key, [])
+              if v.startswith(('design_name:','ID:'))]
+    named = notes.get('name', []) + design + notes.get('ID', [])
+    if named: return named[0]
+    given = [construct.row_notes.get(r, {}).get('sequence', [construct.sequences.get(r)])[0] for r in construct.values]
+    if len(set(given)) > 1 or not construct.name: return sequence_id(sequence)
+    mutation = '_'.join(notes.get('mutation', []))
+    return f'{construct.name}_{mutation}' if mutation and mutation.upper() != 'WT' else construct.name
+
+# %% ../nbs/00_data.ipynb #a1c0de0b
+def _modifiers_in(text):
+    return set(re.findall(r'(?<![A-Z0-9])(2A3|DMS)(?![A-Z0-9])', text.upper()))
+
+def _rdat_modifier(path, notes, construct, row):
+    "2A3, DMS, or another chemistry by the file's own name for it"
+    written = (construct.row_notes.get(row, {}).get('modifier') or construct.notes.get('modifier')
+               or construct.data_types[row-1:row] or construct.data_types[:1] or notes.get('modifier'))
+    if written and not _modifiers_in(' '.join(written)): return ', '.join(written)
+    found = _modifiers_in(' '.join(written) if written else Path(path).name)
+    if len(found) == 1: return found.pop()
+    said = f"{', '.join(sorted(found))} at once" if found else 'none'
+    raise ValueError(f"{path}: row {row} of {construct.name!r} names no single modifier (found: {said}): write "
+                     f"modifier:2A3 or modifier:DMS into its ANNOTATION_DATA, or 2A3 or DMS into the file's name")
+
+# %% ../nbs/00_data.ipynb #a1c0de0d
+def _rdat_positions(path, construct, sequence, own, n_values, where):
+    "Place in the sequence, from 0, of each value"
+    if construct.seqpos is None:
+        if n_values != len(sequence):
+            raise ValueError(f"{where}: {n_values} values for an RNA of {len(sequence)} nt, and no SEQPOS says where "
+                             f"they belong: the file is cut short, or SEQPOS has to be added")
+        return np.arange(n_values)
+    if n_values != len(construct.seqpos):
+        raise ValueError(f"{where}: {n_values} values, but SEQPOS names {len(construct.seqpos)} positions: the file is "
+                         f"damaged or cut short, download or write it again")
+    at = np.array([n for _,n in construct.seqpos]) - construct.offset - 1
+    if at.min() < 0:
+        first = ''.join(map(str, construct.seqpos[at.argmin()]))
+        raise ValueError(f"{path}: SEQPOS {first} lies before the sequence of {construct.name!r} (OFFSET is "
+                         f"{construct.offset}): correct OFFSET or SEQPOS")
+    for (letter,number),k in zip(construct.seqpos, at, strict=True):
+        known = not own and letter in tuple(NTS) and k < len(sequence)
+        if known and letter != construct.sequences[0][k]:
+            raise ValueError(f"{path}: SEQPOS says {letter}{number}, but with OFFSET {construct.offset} that is "
+                             f"{construct.sequences[0][k]} in the sequence of {construct.name!r}: correct one of them")
+    return at
+
+def _rdat_profile(path, construct, row, sequence, own, kept):
+    "Values (or errors) of a row, one per nucleotide of its sequence; NaN where not measured"
+    where,values = kept[row]
+    at = _rdat_positions(path, construct, sequence, own, len(values), where)
+    inside = at < len(sequence)
+    if (beyond := values[~inside & ~np.isnan(values)]).any():
+        raise ValueError(f"{where}: {beyond[beyond != 0][0]:g} is measured beyond the end of an RNA of "
+                         f"{len(sequence)} nt: sequence and values do not belong together")
+    out = np.full(len(sequence), np.nan, np.float32)
+    out[at[inside]] = values[inside]
+    return out
+
+# %% ../nbs/00_data.ipynb #a1c0de0f
+def _check_rdat_rows(path, construct):
+    "ValueError when a part of a construct is missing"
+    if not construct.values:
+        raise ValueError(f"{path}: {construct.name!r} has no values, lines of REACTIVITY: the file is cut short, download "
+                         f"or write it again")
+    for kind,rows,needed in (('values', construct.values, {*construct.row_notes, *construct.errors}),
+                             ('errors', construct.errors, construct.values if construct.errors else ())):
+        if gone := sorted(set(needed) - set(rows)):
+            raise ValueError(f"{path}: row {gone[0]} of {construct.name!r} has no {kind}, and {len(gone)-1} more: the "
+                             f"file is cut short, download or write it again")
+
+def _rdat_quality(notes):
+    "signal_to_noise and reads, as far as annotations give them; else NaN"
+    out = {}
+    for key in ('signal_to_noise','reads'):
+        found = re.search(r'-?\d+(\.\d+)?(e[+-]?\d+)?$', notes.get(key, [''])[0].strip())
+        out[key] = float(found[0]) if found else np.nan
+    return out
+
+def _rdat_profiles(path):
+    "One dict per row: name, sequence, modifier, reactivity, error, signal_to_noise, reads"
+    notes,constructs = _parse_rdat(path)
+    for construct in constructs:
+        _check_rdat_rows(path, construct)
+        for row,(where,_) in sorted(construct.values.items()):
+            sequence,own = _rdat_sequence(construct, row, where)
+            profile = dict(name=_rdat_name(construct, row, sequence), sequence=sequence,
+                           modifier=_rdat_modifier(path, notes, construct, row),
+                           reactivity=_rdat_profile(path, construct, row, sequence, own, construct.values))
+            if construct.errors:
+                profile['error'] = _rdat_profile(path, construct, row, sequence, own, construct.errors)
+            yield profile | _rdat_quality(construct.row_notes.get(row, {}))
+
+# %% ../nbs/00_data.ipynb #a1c0de10
+def read_rdat(
+    path, # RDAT 0.2 or newer
+)->pd.DataFrame: # name, sequence, repeat and, per modifier, reactivity_…, reactivity_error_… (arrays), signal_to_noise_…, reads_…
+    "2A3 and DMS profiles of an RDAT file, one row per RNA and repeated measurement, one value per nucleotide, NaN where not measured"
+    with readable(path, 'an RDAT file'): profiles = list(_rdat_profiles(path))
+    others = sorted({p['modifier'] for p in profiles} - {*MODS})
+    if others:
+        n = sum(p['modifier'] in others for p in profiles)
+        if n == len(profiles):
+            raise ValueError(f"{path}: its profiles are of {', '.join(others)}, expected {' or '.join(MODS)}: other "
+                             f"chemistries have other scales")
+        click.echo(f"{path}: {n} of {len(profiles)} profiles are of {', '.join(others)} and left out", err=True)
+    return _side_by_side([p for p in profiles if p['modifier'] in MODS])
+
+def _side_by_side(profiles):
+    "Both modifiers of an RNA in one row; the second measurement of the same has repeat = 2"
+    rows,count = {},{}
+    for p in profiles:
+        rna,mod = (p['name'], p['sequence']),p['modifier']
+        count[rna, mod] = repeat = count.get((rna, mod), 0) + 1
+        blank = np.full(len(p['sequence']), np.nan, np.float32)
+        row = rows.setdefault((rna, repeat), dict(name=p['name'], sequence=p['sequence'], repeat=repeat))
+        for m in MODS:
+            row.setdefault(f'reactivity_{m}_MaP', blank)
+            row.setdefault(f'reactivity_error_{m}_MaP', blank)
+            row.setdefault(f'signal_to_noise_{m}_MaP', np.nan)
+            row.setdefault(f'reads_{m}_MaP', np.nan)
+        row[f'reactivity_{mod}_MaP'] = p['reactivity']
+        row[f'reactivity_error_{mod}_MaP'] = p.get('error', blank)
+        row[f'signal_to_noise_{mod}_MaP'] = p['signal_to_noise']
+        row[f'reads_{mod}_MaP'] = p['reads']
+    return pd.DataFrame(list(rows.values()))
+
+# %% ../nbs/00_data.ipynb #a1c0de14
+def is_rdat(path): return Path(path).suffix.lower() == '.rdat'
+
+def rdat_as_raw(
+    path, # RDAT file
+    out, # raw table to write, Parquet
+):
+    "An RDAT file in Kaggle's wide format"
+    table = read_rdat(path)
+    n = int(table.sequence.str.len().max())
+    one_name = table.groupby('name').sequence.nunique().max() == 1 and table.groupby('sequence').name.nunique().max() == 1
+    rows,values,unknown = [],[],0
+    for t in table.to_dict('records'):
+        for m in MODS:
+            react,err = t[f'reactivity_{m}_MaP'],t[f'reactivity_error_{m}_MaP']
+            if np.isnan(react).all(): continue
+            sn,reads = t[f'signal_to_noise_{m}_MaP'],t[f'reads_{m}_MaP']
+            if np.isnan(sn) and np.nansum(err) > 0: sn = float(np.nanmean(react)/np.nanmean(err))
+            unknown += np.isnan(sn)
+            good = (np.isnan(sn) or sn > 1) and (np.isnan(reads) or reads > 100)
+            again = f"_{t['repeat']}" if t['repeat'] > 1 else ''
+            rows.append(dict(sequence_id=t['name'] if one_name else sequence_id(t['sequence']), sequence=t['sequence'],
+                             experiment_type=f'{m}_MaP', dataset_name=f'{Path(path).stem}{again}_{m}', reads=reads,
+                             signal_to_noise=1. if np.isnan(sn) else sn, SN_filter=int(good)))
+            values.append(np.full((2, n), np.nan, np.float32))
+            values[-1][:, :len(react)] = react,np.abs(err)
+    if not rows: raise ValueError(f"{path}: all values are blank")
+    if unknown: click.echo(f"{path}: {unknown} profiles have neither signal_to_noise nor errors: they count as good", err=True)
+    react,err = wide_columns(n)
+    wide = pd.DataFrame(np.hstack(np.stack(values, 1)), columns=react+err)
+    with atomic(out) as p: pd.concat([pd.DataFrame(rows), wide], axis=1).to_parquet(p, index=False)
+
 # %% ../nbs/00_data.ipynb #47254143
 def kaggle_raw()->Path:
     "The competition's train_data.csv: where Kaggle has mounted it, else downloaded into datamount/raw"
@@ -1281,7 +1594,7 @@ def kaggle_raw()->Path:
 @click.option('--holdout', type=click.Path(path_type=Path),
               help="Also write fold 0 as Kaggle's test_sequences.csv and solution.parquet into this folder.")
 def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout):
-    "Turn RAW, a table of reactivity profiles in Kaggle's wide format (CSV, CSV.gz or Parquet), into a store."
+    "Turn RAW, a table of reactivity profiles in Kaggle's wide format (CSV, CSV.gz or Parquet) or an RDAT file, into a store."
     if (raw is not None) + (n_sim is not None) + kaggle != 1: raise click.UsageError('Give either RAW, a table to convert, or --kaggle, or --simulate N.')
     if out and out.suffix.lower() in ('.csv','.tsv','.txt','.gz'): raise click.BadParameter(f"{out}: a store is Parquet: give it a name that ends in .parquet", param_hint='--out')
     if holdout and holdout.is_file(): raise click.BadParameter(f"{holdout}: is a file, expected a folder", param_hint='--holdout')
@@ -1292,7 +1605,10 @@ def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout):
         with atomic(raw) as p: table.to_parquet(p, index=False)
         click.echo(f'{raw}: {len(table)} SIMULATED profiles of {n_sim} sequences')
     out = out or datamount()/'parquet'/f"{raw.name.split('.')[0]}.parquet"
-    rows = write_store(raw, out, folds, seed, sample, split)
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder)/f'{raw.stem}.parquet' if is_rdat(raw) else raw
+        if is_rdat(raw): rdat_as_raw(raw, table)
+        rows = write_store(table, out, folds, seed, sample, split)
     click.echo(f'{out}: {len(rows)} measurements of {rows.sequence.nunique()} sequences in {rows.cluster.nunique()} '
                f'families, folds {rows.fold.value_counts().sort_index().tolist()}')
     if holdout: click.echo(f'{holdout}: fold 0 as a test set, {write_holdout(Store(out), 0, holdout)} positions')

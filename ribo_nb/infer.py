@@ -6,7 +6,7 @@
 __all__ = ['ENSEMBLE_VERSION', 'SHIPPED', 'LONGEST', 'SUBMISSION', 'turned', 'Ensemble', 'Spread', 'save_ensemble', 'load',
            'features', 'interval', 'check_length', 'predict', 'add_structures', 'shipped', 'Sequences',
            'read_sequences_file', 'Job', 'predict_block', 'run_job', 'is_csv', 'table_writer', 'by_position', 'join',
-           'write_rdat', 'read_rdat', 'measured_profiles', 'plain', 'rna_figures', 'set_figures', 'error_by',
+           'write_rdat', 'read_measured', 'measured_profiles', 'plain', 'rna_figures', 'set_figures', 'error_by',
            'mutate_and_map', 'all_figures', 'write_figures', 'check_teachers', 'write_pseudo', 'infer_file', 'job_of',
            'first_rows', 'draw_file', 'infer_together', 'ribo_infer']
 
@@ -468,23 +468,28 @@ def write_rdat(table:pd.DataFrame, path):
         r.save_construct('ribo_nb predictions', np.stack(rows), best, '.'*n, 0, {}, notes, str(tmp), 'Predicted, not measured: reactivity by ribo_nb, clipped to 0 to 1',
                          .34, list(range(1, n+1)), np.stack(errs))
 
-def read_rdat(path)->pd.DataFrame: # name, sequence, reactivity_2A3_MaP, …: one row per RNA
-    "What `write_rdat` wrote; ValueError when it is not such a file"
-    r = _rdat_kit()
-    with readable(path, 'an RDAT file'):
-        try:
-            with open(path, encoding='utf-8') as f: r.load(f)
-            rows = [(d.annotations, np.asarray(d.values, np.float32)) for c in r.constructs.values() for d in c.data]
-            keys = [(a['name'][0], a['sequence'][0], a['modifier'][0]) for a,_ in rows]
-        except (KeyError, IndexError, AttributeError, TypeError, UnboundLocalError, ValueError) as e:
-            raise ValueError(f"{path}: is not an RDAT file with name, sequence and modifier of each row ({type(e).__name__} {e}): write it again") from e
-    out = {}
-    for (name,s,mod),(_,x) in zip(keys, rows, strict=True): out.setdefault((name, s), {})[f'reactivity_{mod}_MaP'] = x[:len(s)]
-    return pd.DataFrame([dict(name=n, sequence=s, **v) for (n,s),v in out.items()])
-
 # %% ../nbs/05_infer.ipynb #17475353
-def measured_profiles(store:Store, sequences)->dict: # sequence → (l m), its measurement with the highest signal_to_noise
-    "What a store knows about some sequences; profiles that do not pass SN_filter are left out"
+def read_measured(path): # Store, or sequence → (l m)
+    "Measured profiles: a store, or an RDAT file"
+    if not is_rdat(path): return Store(path)
+    table = read_rdat(path)
+    sn = [f'signal_to_noise_{m}_MaP' for m in MODS]
+    table = table.assign(worse=table[sn].min(axis=1)).sort_values('worse', na_position='first')
+    profiles = {}
+    for t in table.to_dict('records'):
+        # A modifier whose signal is not above its noise is left out, as in a store; the best measurement comes last.
+        react = np.stack([t[f'reactivity_{m}_MaP'] for m in MODS], 1)
+        react[:, [t[c] <= 1 for c in sn]] = np.nan
+        known = profiles.get(t['sequence'], react)
+        profiles[t['sequence']] = np.where(np.isnan(react).all(0), known, react)
+    return profiles
+
+def measured_profiles(
+    store, # as `read_measured` gives it
+    sequences,
+)->dict: # sequence → (l m), its measurement with the highest signal_to_noise
+    "What is known about some sequences; profiles that do not pass SN_filter are left out"
+    if isinstance(store, dict): return {s: store[s] for s in sequences if s in store}
     t = store.rows[store.rows.sequence.isin(set(sequences))]
     best = t[[f'signal_to_noise_{m}' for m in MODS]].min(axis=1).sort_values().index
     return {store.rows.sequence[i]: np.where(store.SN_filter[i], store[i][0], np.nan) for i in best if store.SN_filter[i].any()}
@@ -605,7 +610,7 @@ def infer_file(
     figures=None, # folder
     report=None, # .html
     structures:bool=True, # dot-brackets in a table
-    measured:Store|None=None, # profiles to draw beside the predictions
+    measured=None, # profiles to draw beside the predictions, from `read_measured`
     mutate:bool=False, # also a mutate-and-map of the first RNA
     shard:tuple=(0, 1), # which share of the work, of how many
     hours:float=0., # stop in time; 0: no limit
@@ -688,7 +693,7 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
 @click.option('--no-structure', is_flag=True, help='Leave dot-brackets out of a table.')
 @click.option('--figures', type=click.Path(path_type=Path), help='Also draw figures into this folder.')
 @click.option('--report', type=click.Path(path_type=Path), help='Also write one HTML file with all of it.')
-@click.option('--measured', type=click.Path(path_type=Path), help='Store with measured profiles, drawn beside the predictions.')
+@click.option('--measured', type=click.Path(path_type=Path), help='Store or RDAT file with measured profiles, drawn beside the predictions.')
 @click.option('--mutate', is_flag=True, help='Also draw a mutate-and-map of the first sequence.')
 @click.option('--shard', callback=_shard, help='k/n: do only the k-th of n shares; whoever finishes last joins them.  [default: from torchrun]')
 @click.option('--hours', default=0., type=click.FloatRange(0), help='Stop in time, with all finished parts kept; 0: no limit.')
@@ -713,7 +718,7 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
         if not out.with_name(f'{out.name}.parts').is_dir(): raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")
         join(Job(check_target(out, sequences), job_of(model, seqs, not no_structure), seqs.length), seqs)
         click.echo(f'{out}: joined'); return
-    try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, Store(measured) if measured else None, mutate, shard, hours))
+    try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, read_measured(measured) if measured else None, mutate, shard, hours))
     except Stopped as e:
         click.echo(str(e), err=True)
         raise SystemExit(STOPPED) from e
