@@ -225,7 +225,7 @@ def test_measured_rdat_is_drawn(mount, tmp_path):
                  '--no-structure', '--figures', tmp_path/'figures', '--measured')
     result = invoke(*arguments, path)
     assert result.exit_code == 0, result.output
-    assert list((tmp_path/'figures').glob('*.png'))
+    assert list((tmp_path/'figures').glob('*.png')) and 'none of these' not in result.output
     path.write_text(path.read_text().replace('SEQPOS', 'SEQPOSITION'))
     result = invoke(*arguments, path)
     assert result.exit_code == 1 and 'lab_DMS.rdat' in result.output
@@ -264,3 +264,29 @@ def test_cut_or_mutated_files_never_lie(tmp_path):
         assert len(got)
         for column in ('reactivity_2A3_MaP', 'reactivity_DMS_MaP', 'reactivity_error_2A3_MaP'):
             assert got[column].map(len).tolist() == got.sequence.str.len().tolist()
+
+
+def test_our_own_tables_are_read_by_the_names_of_their_columns(tmp_path):
+    "reactivity_0001 … in any order, also in CSV; a table with a gap is refused with what is missing"
+    from ribo_nb.data import simulate, write_store
+    raw = simulate(6, seed=3, n_col=180)
+    write_store(raw.pipe(saved, tmp_path/'a.parquet'), tmp_path/'a.store.parquet', 2)
+    turned = raw[raw.columns[np.random.default_rng(0).permutation(raw.shape[1])]]
+    want = Store(tmp_path/'a.store.parquet')
+    for name in ('b.parquet', 'b.csv'):
+        write_store(saved(turned, tmp_path/name), tmp_path/'b.store.parquet', 2)
+        got = Store(tmp_path/'b.store.parquet')
+        assert got.rows.sequence.tolist() == want.rows.sequence.tolist()
+        np.testing.assert_allclose(got.react, want.react, atol=1e-4)
+    for name in ('c.parquet', 'c.csv'):
+        saved(turned.drop(columns=['reactivity_0030', 'reactivity_error_0030']), tmp_path/name)
+        with pytest.raises(ValueError, match=f'{name}: column.* missing'):
+            write_store(tmp_path/name, tmp_path/'c.store.parquet', 2)
+
+
+def saved(table, path):
+    if path.suffix == '.csv':
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path, index=False)
+    return path
