@@ -3,13 +3,14 @@
 \b
     python bench/strangers.py prepare ../shared/data/ribonanza_train_data.parquet \\
         ../shared/data/ribonanza_sequence_groups.parquet
-    python bench/strangers.py train      # a small network per left-out part; killed? the same command goes on
+    python bench/strangers.py train      # small networks without each part; resumable
     python bench/strangers.py shipped    # what the shipped networks say of a sample
-    python bench/strangers.py outside ../shared/data/more/{dms_map_windows,dms_map_pri_mirna}.parquet \\
-        ../shared/data/natural_dev.parquet    # and of natural RNAs outside the libraries
-    python bench/strangers.py fit        # new error bars in ribo_nb/weights/ensemble.json, and bench/battle/strangers.csv
+    python bench/strangers.py outside ../shared/data/more/dms_map_windows.parquet \\
+        ../shared/data/more/dms_map_pri_mirna.parquet ../shared/data/natural_dev.parquet    # and of natural RNAs outside the libraries
+    python bench/strangers.py fit        # → ribo_nb/weights/ensemble.json, strangers.csv
 
-`python bench/battle.py ship` writes an ensemble with one kind of error bars: run `shipped` and `fit` after it.
+`python bench/battle.py ship` writes an ensemble with one kind of error bars: run `shipped` and
+`fit` after it.
 """
 import json
 from dataclasses import dataclass, replace
@@ -85,7 +86,7 @@ def home() -> Path:
 @click.argument('raw')
 @click.argument('groups')
 def prepare(raw, groups):
-    "RAW, Kaggle's wide table, and its GROUPS → a store whose folds are whole viruses and libraries"
+    "RAW, Kaggle's wide table, and its GROUPS → a store with viruses and libraries as folds"
     home().mkdir(parents=True, exist_ok=True)
     write_store(raw, home()/'base.parquet')
     store = Store(home()/'base.parquet')
@@ -155,7 +156,7 @@ def shipped():
 @click.argument('mirnas')
 @click.argument('natural')
 def outside(windows, mirnas, natural):
-    "What the shipped networks say of natural and random RNAs, three tables, in other formats than the libraries'"
+    "What the shipped networks say of natural and random RNAs in other formats than the libraries'"
     windows, mirnas, natural = (pd.read_parquet(t, columns=['sequence']).sequence.drop_duplicates()
                                 for t in (windows, mirnas, natural))
     sequences = [FLANK5 + s[:110] + FLANK3 if k % 2 else s[:120]
@@ -204,14 +205,17 @@ def load_sample(store: Store, rows: np.ndarray, values: np.ndarray) -> Sample:
     spread = values[:, 2:] if values.shape[1] > 2 else np.zeros_like(pred)
     part = families.loc[store.rows.sequence_id.iloc[rows]].to_numpy()
     sequence = store.rows.sequence.iloc[rows].to_numpy()
-    return Sample(part, sequence, np.repeat(np.arange(len(rows)), length), pred, spread, react.clip(0, 1),
-                  ~np.isnan(react).any(1))
+    rna = np.repeat(np.arange(len(rows)), length)
+    measured = ~np.isnan(react).any(1)
+    return Sample(part, sequence, rna, pred, spread, react.clip(0, 1), measured)
 
 
 def rna_features(sample: Sample) -> np.ndarray:  # (rna f)
     ends = np.flatnonzero(np.diff(sample.rna)) + 1
-    each = zip(sample.sequence, np.split(sample.pred, ends), np.split(sample.spread, ends), strict=True)
-    return np.stack([kind_features(sequence, pred, spread) for sequence, pred, spread in each])
+    preds = np.split(sample.pred, ends)
+    spreads = np.split(sample.spread, ends)
+    each = zip(sample.sequence, preds, spreads, strict=True)
+    return np.stack([kind_features(*rna) for rna in each])
 
 
 def outside_features() -> np.ndarray:  # (rna f)
@@ -226,7 +230,7 @@ def outside_features() -> np.ndarray:  # (rna f)
 
 
 def fit_kind(features_: np.ndarray, is_design: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    "Logistic regression: designs count as much as others, natural RNAs outside as much as inside the libraries"
+    "Logistic regression: designs count as much as others, those outside as much as those inside"
     weight = np.where(is_design, 1/max(is_design.sum(), 1), .5/(~is_design).sum())
     weight = np.r_[weight, np.full(len(outside), .5/max(len(outside), 1))]
     features_ = np.vstack([features_, outside])
@@ -270,7 +274,7 @@ def fit_two_kinds(sample: Sample, rnas: np.ndarray, stretch: float, outside: np.
 
 
 def inside(sample: Sample, calibration: dict, rnas: np.ndarray, stretch: float, level=.8):
-    "Share of measurements inside the interval, its width, and mean likeness to designs, per modifier"
+    "Share of measurements inside the interval, and its mean width, per modifier"
     traits = rna_features(sample)
     kind = np.asarray(calibration.get('kind', [-1e9] + [0]*(traits.shape[1]-1)))
     design = 1/(1 + np.exp(-(traits @ kind).clip(-50, 50)))
@@ -289,12 +293,13 @@ def parts_left_out(sample: Sample) -> dict:  # name → which RNAs
     "Each kind of RNA as a whole, both coronaviruses together, and each virus and scan"
     kind = sample.kind()
     named = {name: kind == name for name in np.unique(kind)}
-    return named | {part: sample.part == part for part in np.unique(sample.part) if part not in named}
+    single = set(sample.part) - set(named)
+    return named | {part: sample.part == part for part in sorted(single)}
 
 
 def report(who: str, sample: Sample, outside: np.ndarray, old: dict | None, new: dict | None,
            stretch: float):
-    "A row per part and modifier: inside the old bars, the new ones, and new ones fitted without the part"
+    "Per part and modifier: inside the old bars, the new ones, and those fitted without the part"
     rows = []
     for name, rnas in parts_left_out(sample).items():
         whole = name in set(sample.kind())
@@ -319,29 +324,34 @@ STRETCH = 1.05
 @main.command()
 @click.option('--dry-run', is_flag=True, help='Leave ensemble.json as it is.')
 def fit(dry_run):
-    "Error bars for two kinds of RNA: into ensemble.json, and what they hold into bench/battle/strangers.csv"
+    "Error bars for two kinds of RNA into ensemble.json; what they hold into strangers.csv"
     store = Store(home()/'strangers.parquet')
     sample = load_sample(store, np.load(home()/'shipped_rows.npy'), np.load(home()/'shipped.npy'))
     ensemble = json.loads(SHIPPED.read_text())
     old = ensemble['calibration']
     if 'designs' in old:
-        old = None
+        raise click.ClickException(
+            f'{SHIPPED.name} has two kinds of error bars already, so nothing is there to compare with: '
+            'run `python bench/battle.py ship` before, or check out the file as it was at cc70475')
     everything = np.ones(len(sample.part), bool)
     outside = outside_features()
     new = fit_two_kinds(sample, everything, STRETCH, outside)
-    tables = [report('shipped, on RNAs they have seen, errors x 1.05', sample, outside, old, new, STRETCH)]
+    who = 'shipped, on RNAs they have seen, errors x 1.05'
+    tables = [report(who, sample, outside, old, new, STRETCH)]
     kept = sorted(home().glob('squeezeformer-?.npy'))
     if kept:
         rows = [held_out(store, int(path.stem[-1])) for path in kept]
         values = np.concatenate([np.load(path) for path in kept])
         alone = load_sample(store, np.concatenate(rows), values)
-        tables.append(report('one small Squeezeformer, on RNAs it has not seen', alone, outside[:0], None, None, 1.))
+        who = 'one small Squeezeformer, on RNAs it has not seen'
+        tables.append(report(who, alone, outside[:0], None, None, 1.))
     table = pd.concat(tables)
     table.to_csv(Path(__file__).parent/'battle'/'strangers.csv', index=False)
     click.echo(table[table.left_out_inside.notna()].to_string(index=False))
     if dry_run:
         return
-    note = f"{int(sample.measured.sum())} positions of {len(sample.part)} RNAs seen in training, errors x {STRETCH}"
+    n = int(sample.measured.sum())
+    note = f"{n} positions of {len(sample.part)} RNAs seen in training, errors x {STRETCH}"
     ensemble |= dict(version=2, calibration=new, bars=f'{note}; bench/strangers.py')
     with atomic(SHIPPED) as path:
         path.write_text(json.dumps(ensemble, indent=1))
