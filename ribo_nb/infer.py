@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ENSEMBLE_VERSIONS', 'SHIPPED', 'LONGEST', 'SUBMISSION', 'turned', 'Ensemble', 'Spread', 'save_ensemble', 'load',
-           'features', 'interval', 'kind_features', 'likeness', 'check_length', 'predict', 'add_structures', 'shipped',
-           'Sequences', 'read_sequences_file', 'Job', 'predict_block', 'run_job', 'is_csv', 'table_writer',
-           'by_position', 'join', 'write_rdat', 'read_measured', 'measured_profiles', 'plain', 'rna_figures',
-           'set_figures', 'error_by', 'mutate_and_map', 'all_figures', 'write_figures', 'check_teachers',
-           'write_pseudo', 'infer_file', 'job_of', 'first_rows', 'draw_file', 'infer_together', 'ribo_infer']
+           'features', 'interval', 'kind_features', 'likeness', 'learnt', 'outside', 'mark_unseen', 'check_length',
+           'predict', 'add_structures', 'outside_line', 'shipped', 'Sequences', 'read_sequences_file', 'Job',
+           'predict_block', 'run_job', 'is_csv', 'table_writer', 'by_position', 'join', 'write_rdat', 'read_measured',
+           'measured_profiles', 'plain', 'rna_figures', 'set_figures', 'error_by', 'mutate_and_map', 'all_figures',
+           'write_figures', 'check_teachers', 'write_pseudo', 'infer_file', 'job_of', 'first_rows', 'draw_file',
+           'drawn_share', 'report_parts', 'infer_together', 'ribo_infer']
 
 # %% ../nbs/05_infer.ipynb #8f696e83
 import gzip,itertools,json,os,re,shutil,subprocess,sys,tempfile,time,click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq,ribo_nb,torch
@@ -45,10 +46,13 @@ class Ensemble(nn.Module):
         dtype=torch.float32, # of autocast
         calibration=None, # from chapter 05b: how far measurements lie from predictions
         raw:bool=False, # are these the last weights, not their running average?
+        seen:dict|None=None, # what the members have learnt from, as `seen_in` tells it; None: nobody knows
     ):
         super().__init__()
+        if not len(members): raise ValueError('no members: an ensemble has one model or more')
         self.members,self.cfgs,self.paths = nn.ModuleList(members),list(cfgs),list(paths)
         self.flip,self.dtype,self.calibration,self.raw = flip,dtype,calibration,raw
+        self.seen = seen
         w = torch.ones(len(members)) if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.register_buffer('weights', w/w.sum(), persistent=False)
 
@@ -83,7 +87,7 @@ def save_ensemble(
 ):
     "Write an ensemble as a file that `load` takes: its members by path and hash, weights, calibration"
     path = Path(path)
-    members = [dict(path=os.path.relpath(p, path.parent), sha256=sha256(p), weight=float(w)) for p,w in zip(model.paths, model.weights, strict=True)]
+    members = [dict(path=os.path.relpath(Path(p).resolve(), path.parent.resolve()), sha256=sha256(p), weight=float(w)) for p,w in zip(model.paths, model.weights, strict=True)]
     with atomic(path) as tmp:
         tmp.write_text(json.dumps(dict(kind='ensemble', version=ENSEMBLE_VERSIONS[-1], members=members, calibration=model.calibration, **more), indent=1))
 
@@ -107,6 +111,31 @@ def _read_ensemble(path):
         if not p.is_file() or sha256(p) != h: raise ValueError(f"{p}: is missing or not the file that {path} was made with: {remedy}")
     return [p for p,*_ in members],[w for *_,w in members],calibration,flip
 
+# %% ../nbs/05_infer.ipynb #a4d7c311
+def _seen_by(members, ensemble=None)->dict|None: # None: not known
+    "What the members of an ensemble, together, have learnt from"
+    told = json.loads(ensemble.read_text()).get('seen') if ensemble else None
+    names = {'shortest','longest','start','end','triplets'}
+    if told and not (isinstance(told, dict) and told.keys() == names and all(type(v) in (int, float) for v in told.values())):
+        raise ValueError(f"{ensemble}: seen is {told!r}, expected a number for each of {', '.join(sorted(names))}: correct it, or "
+                         f"leave it out")
+    if told: return told
+    each = [m.seen for m in members]
+    if None in each: return None
+    together = {k: min(s[k] for s in each) for k in ('shortest','start','end','triplets')}
+    return together | dict(longest=max(s['longest'] for s in each))
+
+# %% ../nbs/05_infer.ipynb #9e41d2b0
+def _named(path)->str:
+    "A member of an ensemble as messages and reports name it: those that come along by their package"
+    return f'{path.name} of ribo_nb {ribo_nb.__version__}' if path.parent == SHIPPED.parent else shown(path)
+
+def _one_engine(cfgs)->list:
+    "A RibonanzaNet reads no base-pair probabilities: its engine becomes that of the members that do"
+    reader = next((c for c in cfgs if c.model != 'ribonanzanet'), cfgs[0])
+    same = dict(engine=reader.engine, engine_params=reader.engine_params)
+    return [replace(c, **same) if c.model == 'ribonanzanet' else c for c in cfgs]
+
 # %% ../nbs/05_infer.ipynb #23b95f79
 def load(
     what=None, # run folder, checkpoint, ensemble file, or a list of runs and checkpoints; None: what comes along
@@ -118,19 +147,24 @@ def load(
     "Models ready to predict; ValueError names the checkpoint that is missing, damaged or does not fit the others"
     paths = [Path(p) for p in (what if isinstance(what, (list, tuple)) else [SHIPPED if what is None else what])]
     if not paths: raise ValueError('no checkpoint given: name a run folder or a .pt file')
+    short_names(paths)  # ValueError when one is there twice: the members of an ensemble would agree for nothing
     weights = calibration = own = None
+    ensemble = paths[0] if len(paths) == 1 and paths[0].suffix == '.json' else None
     if len(paths) == 1 and paths[0].suffix == '.json': paths,weights,calibration,own = _read_ensemble(paths[0])
     elif alone := [p for p in paths if p.suffix == '.json']: raise ValueError(f"{alone[0]}: an ensemble file stands alone: name its members one by one instead")
     paths = [p/'best.pt' if p.is_dir() else p for p in paths]
     flip = bool(own if flip is None else flip)
     members,cfgs = zip(*(load_model(p, raw) for p in paths), strict=True)
+    cfgs = _one_engine(cfgs)
     for p,c in zip(paths, cfgs, strict=True):
         if (c.engine, c.engine_params) != (cfgs[0].engine, cfgs[0].engine_params):
             raise ValueError(f"{p} was trained on {c.engine} {c.engine_params} BPPs, {paths[0]} on {cfgs[0].engine} {cfgs[0].engine_params}: predict with them "
                              f"separately")
-        if flip and not c.flip: raise ValueError(f"{p} was trained without flips and cannot read an RNA from its other end: leave flip away")
+        if flip and not c.flip:
+            raise ValueError(f"{_named(p)} was trained without flips and cannot read an RNA from "
+                             f"its other end: leave --flip away, or give --ckpt with runs that were trained with flip=true")
     device,dtype = resolve(replace(cfgs[0], device=device, precision=precision))
-    return Ensemble(members, cfgs, paths, weights, flip, dtype, calibration, raw).to(device).eval()
+    return Ensemble(members, cfgs, paths, weights, flip, dtype, calibration, raw, _seen_by(members, ensemble)).to(device).eval()
 
 # %% ../nbs/05_infer.ipynb #5a368bde
 def features(pred, spread): # what an error's quantiles depend on, (n f)
@@ -178,6 +212,31 @@ def likeness(
     z = kind_features(sequence, pred, spread) @ np.asarray(calibration['kind'], float)
     return float(1/(1 + np.exp(-z.clip(-50, 50))))
 
+# %% ../nbs/05_infer.ipynb #d1f3a721
+def learnt(n:int, seen:dict)->np.ndarray: # bool (l)
+    "Which positions of an RNA of n nt are as far from the ends as some that were measured"
+    at = np.arange(n)
+    return (at >= seen['start']) & (at < n - seen['end'])
+
+def outside(sequence:str, seen:dict)->dict: # length, ends, composition → what is new about it; empty: nothing
+    "What about an RNA is new to models that have seen `seen`"
+    n,notes = len(sequence),{}
+    if not seen['shortest'] <= n <= seen['longest']:
+        notes['length'] = f"{n:,} nt, learnt from {seen['shortest']} to {seen['longest']} nt"
+    unknown = ~learnt(n, seen)
+    if sequence.startswith(FLANK5): unknown[:len(FLANK5)] = False
+    if sequence.endswith(FLANK3): unknown[-len(FLANK3):] = False
+    if unknown.any():
+        notes['ends'] = f"{unknown.sum()} of {n} positions never learnt (first {seen['start']}, last {seen['end']} nt)"
+    if triplets(sequence) < seen['triplets']: notes['composition'] = 'more repetitive than any RNA learnt from'
+    return notes
+
+def mark_unseen(table:pd.DataFrame, seen:dict):
+    "Add the column `warning` to a table of `predict`, and take intervals away where nothing was learnt"
+    table['warning'] = ['; '.join(outside(s, seen).values()) for s in table.sequence]
+    for c in table.columns[table.columns.str.match('(low|high)_')]:
+        table[c] = [np.where(learnt(len(x), seen), x, np.float32(np.nan)) for x in table[c]]
+
 # %% ../nbs/05_infer.ipynb #0cdd21be
 LONGEST = 5000  # nt; memory and time grow with the square of the length
 
@@ -191,7 +250,7 @@ def predict(
     bpp:BppStore|None=None, # default: fold here and keep nothing
     structures:bool=False, # also dot-brackets by ViennaRNA, alone and guided by the predicted 2A3, and how well they agree with it
     tick=lambda n: None, # called after each batch with the number of its sequences
-)->pd.DataFrame: # name, sequence, reactivity_2A3_MaP, reactivity_DMS_MaP, spread_…, low_…, high_… (arrays, one value per nt), structure, …
+)->pd.DataFrame: # name, sequence, reactivity_2A3_MaP, reactivity_DMS_MaP, spread_…, low_…, high_… (arrays, one value per nt), warning, structure, …
     "Predicted reactivity of each sequence, and how sure it is"
     sequences = clean_sequences([sequences] if isinstance(sequences, str) else sequences, 'sequences', 'number')
     if names is not None and len(names) != len(sequences): raise ValueError(f"{len(names)} names for {len(sequences)} sequences: one each")
@@ -208,6 +267,7 @@ def predict(
     out = pd.DataFrame(dict(name=list(names) if names is not None else [sequence_id(s) for s in sequences], sequence=sequences))
     for k,v in kinds.items():
         for i,mod in enumerate(MODS): out[f'{k}_{mod}_MaP'] = [np.ascontiguousarray(x[:,i]) for x in v]
+    if model.seen: mark_unseen(out, model.seen)
     return add_structures(out, tick) if structures else out
 
 # %% ../nbs/05_infer.ipynb #857dd637
@@ -221,70 +281,82 @@ def add_structures(table:pd.DataFrame, tick=lambda n: None)->pd.DataFrame: # wit
         out[c.replace('structure', 'eterna_score')] = [round(agreement(d, x)['eterna_score'], 1) for d,x in zip(out[c], react, strict=True)]
     return out
 
+# %% ../nbs/05_infer.ipynb #e83b5d02
+def outside_line(seqs, seen:dict)->str: # '' when there is nothing to say
+    "How many sequences of a file are outside what the models have learnt from, and why"
+    count = dict(length=int(((seqs.length < seen['shortest']) | (seqs.length > seen['longest'])).sum()))
+    some = count['length']
+    if seqs.low is None:
+        count,some = dict(length=0, ends=0, composition=0),0
+        for a in range(0, len(seqs), 4096):
+            notes = [outside(s, seen) for s in seqs.take(a, a+4096).sequence]
+            some += sum(map(bool, notes))
+            for k in count: count[k] += sum(k in n for n in notes)
+    if not some: return ''
+    words = dict(length=f"length (not {seen['shortest']} to {seen['longest']} nt)",
+                 ends=f"ends that were never measured (first {seen['start']}, last {seen['end']} nt)",
+                 composition='composition (repeats)')
+    why = ', '.join(f'{n:,} by {words[k]}' for k,n in count.items() if n)
+    where = '; the column `warning` says which' if seqs.low is None else ''
+    return f'{some:,} of {len(seqs):,} RNAs are outside what these models have learnt from: {why}{where}'
+
 # %% ../nbs/05_infer.ipynb #1dc072d5
 def shipped()->str: # one line
     "Which models come with the package, and what they have learnt from"
     d = json.loads(SHIPPED.read_text())
     *names,last = [m['path'] for m in d['members']]
-    return f"predicting with {', '.join(names)} and {last} of ribo_nb {ribo_nb.__version__}, trained on {d['data']}; what they are good for: {SHIPPED.parent/'MODEL_CARD.md'}"
-
-# %% ../nbs/05_infer.ipynb #2144ad43
-def _fasta_records(path, longest=1<<16):
-    "(name, sequence) of each record; no line is read further than it can be long"
-    name,parts,k,size = None,[],0,0
-    with (gzip.open if open(path, 'rb').read(2) == b'\x1f\x8b' else open)(path, 'rt', encoding='utf-8-sig', newline=None) as f:
-        for n,line in enumerate(iter(lambda: f.readline(longest), ''), 1):
-            if len(line) == longest: raise ValueError(f"{path}, line {n}: longer than {longest:,} letters: is this FASTA? An RNA has at most {LONGEST:,} nt")
-            if not (line := line.strip()) or line[0] == ';': continue
-            if line[0] == '>':
-                if name is not None: yield name,''.join(parts)
-                name,parts,k,size = line[1:].split()[0] if line[1:].split() else f'record_{k+1}',[],k+1,0
-            elif name is None: raise ValueError(f"{path}, line {n}: found {line[:20]!r}, expected '>name': is this FASTA?")
-            else:
-                parts += line.split()
-                size += len(line)
-                if size > 8*LONGEST: raise ValueError(f"{path}, record {k} ({name}): more than {LONGEST:,} nt: cut it into overlapping windows")
-    if name is None: raise ValueError(f"{path}: no records: expected lines of '>name' and sequence")
-    yield name,''.join(parts)
-
-def _fasta_tables(path, size=4096):
-    records,first = _fasta_records(path),0
-    while part := list(itertools.islice(records, size)):
-        t = pd.DataFrame(part, columns=['name','sequence'], index=range(first, first+len(part)))
-        yield t.assign(sequence=clean_sequences(t.sequence.tolist(), path, 'record', t.name.tolist(), first))
-        first += len(part)
+    return f"predicting with {', '.join(names)} and {last} of ribo_nb {ribo_nb.__version__}, trained on {d['data']}; what they are good for: {shown(SHIPPED.parent/'MODEL_CARD.md')}"
 
 # %% ../nbs/05_infer.ipynb #20ae3935
-def _csv_tables(path):
+def _csv_tables(path, left_out):
     for t in text_tables(path, ('sequence_id','id','name','sequence','id_min','id_max','dataset_name')):
         if not len(t): continue
-        t['sequence'] = clean_sequences(t.sequence.tolist(), path, first=t.index[0])
-        name = next((t[c] for c in ('sequence_id','id','name') if c in t), None)
-        t['name'] = t.sequence.map(sequence_id) if name is None else name.where(name.notna(), '').astype(str)
-        if (blank := t.name.str.strip() == '').any(): raise ValueError(f"{path}, row {blank.idxmax()+1}: the id is blank: fill it in")
-        if (odd := t.name.str.contains(r'[\x00-\x1f\x7f]')).any():
-            raise ValueError(f"{path}, row {odd.idxmax()+1}: the id {t.name[odd].iloc[0]!r} has a tab, a line break or the like in it: rename it")
         if (have := {'id_min','id_max'} & set(t)) and len(have) < 2:
             raise ValueError(f"{path}: has {have.pop()} but not both id_min and id_max: a submission needs both, a table of predictions neither")
+        if have and left_out.skip:
+            raise ValueError(f"{path}: has id_min and id_max, so it becomes a submission, and one that lacks rows is invalid: correct the bad rows and leave "
+                             f"--skip-bad away, or remove the two columns to get a table")
+        column = next((c for c in ('sequence_id','id','name') if c in t), None)
+        names = t[column].where(t[column].notna(), '').astype(str).tolist() if column else ['']*len(t)
+        t['sequence'] = clean_or_leave_out(t.sequence.tolist(), names, int(t.index[0]), left_out)
+        t = t.assign(name=names)[t.sequence.notna()]
+        t = _well_named(t, column, left_out) if column else t.assign(name=t.sequence.map(sequence_id), unnamed=True)
         yield numbers(t, sorted(have), path, whole=True)
+
+def _well_named(t, column, left_out):
+    "The rows whose names can be used"
+    word = 'name' if column == 'name' else 'id'
+    blank,odd = t.name.str.strip() == '',t.name.str.contains(r'[\x00-\x1f\x7f]')
+    for k in t.index[blank]: left_out.add(k+1, '', f'the {word} is blank: fill it in')
+    for k in t.index[odd & ~blank]:
+        left_out.add(k+1, '', f'the {word} {t.name[k]!r} has a tab, a line break or the like in it: rename it')
+    return t[~blank & ~odd]
 
 # %% ../nbs/05_infer.ipynb #abedbcc2
 class Sequences:
     "The sequences of a FASTA file, a CSV, TSV or Parquet table, checked, in the order of their ids; ValueError names file, row and remedy"
-    def __init__(self, path):
+    def __init__(self,
+        path,
+        skip:bool=False, # leave out what is bad? `left_out` holds it
+    ):
         self.path = path = Path(path)
-        self.table = path.name.lower().removesuffix('.gz').endswith(('.csv','.tsv','.parquet','.pq'))
+        self.table = is_table(path)
         self.file = tempfile.TemporaryFile(prefix='ribo_seqs_')  # gone with the process, however it ends
-        sizes,ids,hashes,self.sets = [],[],[],{}
+        self.left_out = LeftOut(path, skip, 'row' if self.table else 'record')
+        sizes,ids,hashes,self.sets,self.number = [],[],[],{},[]
         with readable(path, 'a CSV or Parquet table of sequences' if self.table else "FASTA, lines of '>name' and sequence"):
-            for t in (_csv_tables if self.table else _fasta_tables)(path):
+            for t in _csv_tables(path, self.left_out) if self.table else fasta_tables(path, self.left_out, LONGEST):
+                if not self.table: t['name'] = [name or f'record_{k+1}' for k,name in t.name.items()]
+                self.called = None if 'unnamed' in t else 'id' if {'sequence_id','id'} & set(t) else 'name'
                 sizes.append(self._spool(t, hashes))
                 if 'id_min' in t: ids.append(t[['id_min','id_max']].to_numpy())
         names,self.length,self.set = np.concatenate(sizes).T
         self.start,self.named = np.r_[0, np.cumsum(names + self.length)],names
-        self._check_names(np.concatenate(hashes))
+        self.number = np.concatenate(self.number)  # of each in the file, from 1
+        if not len(names): raise self.left_out.nothing_left()
+        use = self._first_of_each(np.concatenate(hashes))
         self.low = np.concatenate(ids)[:,0] if ids else None
-        self.order = np.argsort(self.low, kind='stable') if ids else np.arange(len(self.length))
+        self.order = np.argsort(self.low, kind='stable') if ids else use
         if ids: self._check_ids(*np.concatenate(ids)[self.order].T)
         self.length,self.set = self.length[self.order],self.set[self.order]
         if ids: self.low = self.low[self.order]
@@ -293,22 +365,30 @@ class Sequences:
 
     def _spool(self, t, hashes):
         "Write names and letters of a piece; their sizes, and the number of the data set"
-        for k,(name,s) in enumerate(zip(t.name, t.sequence, strict=True)):
-            check_length(len(s), f"{self.path}, {'row' if self.table else 'record'} {t.index[0]+k+1} ({name[:40]})")
+        good = []
+        for k,name,s in zip(t.index, t.name, t.sequence, strict=True):
+            try: check_length(len(s), self.left_out.place(k+1, name))
+            except ValueError as e: self.left_out.add(k+1, name, e)
+            else: good.append(k)
+        t = t.loc[good]
+        self.number.append(t.index.to_numpy(int) + 1)
         rows = [(n.encode(), s.encode()) for n,s in zip(t.name, t.sequence, strict=True)]
         self.file.write(b''.join(itertools.chain.from_iterable(rows)))
         self.file.flush()
         hashes.append(np.frombuffer(b''.join(blake2b(n, digest_size=8).digest() for n,_ in rows), np.uint64))
         sets = t.dataset_name.astype(str) if 'dataset_name' in t else itertools.repeat('')
-        return np.array([(len(n), len(s), self.sets.setdefault(d, len(self.sets))) for (n,s),d in zip(rows, sets)])
+        return np.array([(len(n), len(s), self.sets.setdefault(d, len(self.sets))) for (n,s),d in zip(rows, sets)], int).reshape(-1, 3)
 
-    def _check_names(self, h):
+    def _first_of_each(self, h)->np.ndarray: # positions of the first of each name
         order = np.argsort(h, kind='stable')
-        if (same := h[order[1:]] == h[order[:-1]]).any():
-            k = int(order[1:][same].min())
-            self.order = np.arange(len(h))
-            raise ValueError(f"{self.path}, {'row' if self.table else 'record'} {k+1}: the {'id' if self.table else 'name'} {self._read(k)[0]!r} is used twice: "
-                             f"{'drop one of the rows' if self.table else 'rename one'}")
+        new = np.r_[True, h[order[1:]] != h[order[:-1]]]
+        first = order[new][np.cumsum(new) - 1]  # of the same name
+        for k,f in sorted(zip(order[~new].tolist(), first[~new].tolist(), strict=True)):
+            name,seen = self._read(k)[0],f'the first is {self.left_out.what} {self.number[f]}'
+            why = f"this sequence is there twice ({seen}): drop one of the rows" if not self.called else (
+                  f"the {self.called} {name!r} is used twice ({seen}): {'drop one of the rows' if self.table else 'rename one; a name ends at the first blank'}")
+            self.left_out.add(int(self.number[k]), name if self.called else '', why)
+        return np.sort(order[new])
 
     def _check_ids(self, lo, hi):
         n = self.length[self.order]
@@ -440,7 +520,8 @@ def by_position(table)->pa.Table:
     long = table.assign(position=table.sequence.map(lambda s: range(1, len(s)+1)), nt=table.sequence.map(list),
                         **{c: table[c].map(list) for c in cols if c.startswith('structure')}).explode(['position','nt',*cols])
     return pa.table({'name': long.name.astype(str).to_numpy(), 'position': long.position.to_numpy(np.int64)} | {
-        c: long[c].to_numpy(str) if c == 'nt' or c.startswith('structure') else long[c].to_numpy(float).round(4) for c in ('nt', *cols)})
+        c: long[c].to_numpy(str) if c == 'nt' or c.startswith('structure') else pa.array(long[c].to_numpy(float).round(4), from_pandas=True)
+        for c in ('nt', *cols)} | ({'warning': long.warning.to_numpy(str)} if 'warning' in table else {}))
 
 # %% ../nbs/05_infer.ipynb #db562b16
 def _checked_parts(job, seqs):
@@ -487,12 +568,14 @@ def _rdat_kit():
 
 def write_rdat(table:pd.DataFrame, path):
     "The table of `predict` as RDAT 0.34: a row per RNA and modifier, spreads as errors"
+    if not len(table): raise ValueError(f'{path}: no RNAs to write')
     r,best = _rdat_kit(),table.sequence[table.sequence.map(len).idxmax()]
     n,rows,errs,notes = len(best),[],[],[]
     fill = lambda x: np.r_[x, np.full(n-len(x), np.nan)]
     for t in table.to_dict('records'):
         for mod in MODS:
-            notes.append(dict(name=[str(t['name'])], sequence=[t['sequence']], modifier=[mod], datatype=['PREDICTED']) | ({'structure': [t['structure']]} if 'structure' in t else {}))
+            notes.append(dict(name=[str(t['name'])], sequence=[t['sequence']], modifier=[mod], datatype=['PREDICTED']) | ({'structure': [t['structure']]} if 'structure' in t else {})
+                         | ({'warning': [t['warning']]} if t.get('warning') else {}))
             rows.append(fill(t[f'reactivity_{mod}_MaP'])); errs.append(fill(t.get(f'spread_{mod}_MaP', [])))
     r.annotations = dict(software=['ribo_nb'])
     with atomic(path) as tmp:
@@ -540,24 +623,29 @@ def rna_figures(
 ):
     "Name and figure of what there is to see about one RNA"
     pred,s,name = _arrays(row, 'reactivity'),row['sequence'],plain(row['name'])
-    yield 'profile',plot_band(s, pred, _arrays(row, 'low'), _arrays(row, 'high'), react, row.get('structure_guided', ''), f"{name}: predicted reactivity")
-    yield 'arcs',plot_arcs(bpp, pred, s, f"{name}: base-pair probabilities and predicted reactivity")
+    warning = f"\n{row['warning']}" if row.get('warning') else ''
+    yield 'profile',plot_band(s, pred, _arrays(row, 'low'), _arrays(row, 'high'), react, row.get('structure_guided', ''), f"{name}: predicted reactivity{warning}")
+    yield 'arcs',plot_arcs(bpp, pred, s, f"{name}: base-pair probabilities and predicted reactivity{warning}")
     if 'structure_guided' in row:
-        yield 'structure',plot_structure(s, row['structure_guided'], pred[:,0], f"{name}: minimum free energy with the predicted 2A3 as evidence").figure
+        yield 'structure',plot_structure(s, row['structure_guided'], pred[:,0], f"{name}: minimum free energy with the predicted 2A3 as evidence{warning}").figure
 
 # %% ../nbs/05_infer.ipynb #39c53d72
-def set_figures(table, measured):
+def set_figures(table, measured, total=0): # of how many RNAs these are the first
     "Name and figure of what there is to see about many RNAs"
     preds = [_arrays(r, 'reactivity') for r in table.to_dict('records')]
-    if len(table) > 1: yield 'heatmap',plot_heatmap([preds[i] for i in by_similarity(table.sequence)], f'predicted reactivity of {len(table)} sequences, alike beside alike')
+    number = f'the first {len(table):,} of {total:,}' if total > len(table) else len(table)
+    if len(table) > 1: yield 'heatmap',plot_heatmap([preds[i] for i in by_similarity(table.sequence)], f'predicted reactivity of {number} sequences, alike beside alike')
     if known := [k for k,s in enumerate(table.sequence) if s in measured]:
         reacts = [measured[table.sequence[k]] for k in known]
         yield 'predicted',plot_pred([preds[k] for k in known], reacts, f'{len(known)} of {len(table)} RNAs have been measured')
-        yield 'errors',plot_errors(error_by([table.sequence[k] for k in known], [preds[k] for k in known], reacts))
+        by = error_by([table.sequence[k] for k in known], [preds[k] for k in known], reacts)
+        if any(by.values()): yield 'errors',plot_errors(by, 'mean absolute error')
 
 def error_by(sequences, preds, reacts)->dict: # nucleotide, structural context → name → MAE over both modifiers
-    "Where predictions are wrong: by nucleotide and by structural context (of ViennaRNA's mfe)"
-    wrong = np.abs(np.concatenate(preds) - np.concatenate(reacts).clip(0, 1)).mean(1)
+    "Where predictions are wrong (where no position has both modifiers: under the one that it has): by nucleotide and by structural context (of ViennaRNA's mfe)"
+    if not len(preds): raise ValueError('no profiles to compare')
+    wrong = np.abs(np.concatenate(preds) - np.concatenate(reacts).clip(0, 1))  # positions m
+    wrong = wrong.mean(1) if (~np.isnan(wrong)).all(1).any() else pd.DataFrame(wrong).mean(axis=1).to_numpy()
     nt = np.array(list(''.join(sequences)))
     ctx = np.array(CONTEXTS)[np.concatenate([contexts(dot_bracket(s)) for s in sequences])]
     return {k: pd.Series(wrong).groupby(g).mean().dropna().to_dict() for k,g in (('nucleotide', nt), ('structural context', ctx))}
@@ -568,14 +656,14 @@ def mutate_and_map(model, sequence, title='')->plt.Figure:
     t = predict(model, mutants(decode(encode(sequence))))
     return plot_mutate_map(t.sequence[0], [_arrays(r, 'reactivity') for r in t.to_dict('records')], title or 'predicted mutate-and-map')
 
-def all_figures(table, bpp, measured, model=None, most=20):
+def all_figures(table, bpp, measured, model=None, most=20, total=0):
     "(name, title, figure) of the first RNAs one by one and of all together; with a model, a mutate-and-map of the first"
-    for name,fig in set_figures(table.head(1000), measured): yield name,dict(heatmap='All', predicted='Predicted against measured', errors='Where it is wrong')[name],fig
+    for name,fig in set_figures(table.head(1000), measured, total): yield name,dict(heatmap='All', predicted='Predicted against measured', errors='Where it is wrong')[name],fig
     bpp.fill(table.sequence.head(most), quiet=True)
     for k,row in enumerate(table.head(most).to_dict('records'), 1):
         stem = f"{k:02d}_{re.sub('[^A-Za-z0-9_.-]', '_', str(row['name']))[:60]}"
         for name,fig in rna_figures(row, bpp([row['sequence']])[0], measured.get(row['sequence'])): yield f'{stem}_{name}',f"{row['name']}: {name}",fig
-    if model is not None: yield 'mutate_and_map','Mutate and map',mutate_and_map(model, table.sequence[0], f'{plain(table.name[0])}: predicted mutate-and-map')
+    if model is not None and len(table): yield 'mutate_and_map','Mutate and map',mutate_and_map(model, table.sequence[0], f'{plain(table.name[0])}: predicted mutate-and-map')
 
 def write_figures(figures, folder)->list: # (name, title, path)
     "Each of (name, title, figure) as PNG"
@@ -638,7 +726,7 @@ def write_pseudo(
 # %% ../nbs/05_infer.ipynb #2cc03409
 def infer_file(
     model:Ensemble,
-    source, # FASTA, CSV or Parquet
+    source, # FASTA, CSV or Parquet, or `Sequences` read from one
     out, # .parquet, .csv or .rdat
     bpps=None, # folder of a BPP store; None: BPPs are forgotten as soon as they are used
     figures=None, # folder
@@ -648,11 +736,15 @@ def infer_file(
     mutate:bool=False, # also a mutate-and-map of the first RNA
     shard:tuple=(0, 1), # which share of the work, of how many
     hours:float=0., # stop in time; 0: no limit
+    most:int=20, # RNAs that are drawn one by one
+    skip_bad:bool=False, # leave out records that are bad, and list them in OUT.skipped.csv
 )->str: # what was done, in one line
     "Predict a file, going on where an earlier start stopped"
-    out,seqs = _checked(out, source, figures, report)
+    out,seqs = _checked(out, source, figures, report, skip_bad)
+    if (text := seqs.left_out.report(out)) and not shard[0]: click.echo(text, err=True)
     if bpps: BppStore(bpps, folding(model.cfgs[0]))  # an error of the store comes first
     if structures and seqs.low is None: vienna()
+    if model.seen and not shard[0] and (line := outside_line(seqs, model.seen)): click.echo(line, err=True)
     job = Job(out, job_of(model, seqs, structures), seqs.length)
     run_job(job, model, seqs, bpps, structures, shard, hours)
     if gone := job.missing():
@@ -660,15 +752,17 @@ def infer_file(
         return f'{out}: {why}, {len(gone)} of {len(job)} parts are missing still'
     if not join(job, seqs): return f'{out}: another process joins the parts'
     text = f'{out}: {len(seqs)} sequences' if seqs.low is None else f'{out}: submission of {int(seqs.length.sum())} rows'
-    return text + draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate)
+    return text + draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate, most)
 
 # %% ../nbs/05_infer.ipynb #04015e27
-def _checked(out, source, figures, report): # path, sequences; ValueError before anything is computed
-    out = check_target(out, source)
+def _checked(out, source, figures, report, skip_bad=False): # path, sequences; ValueError before anything is computed
+    seqs = source if isinstance(source, Sequences) else None
+    out = check_target(out, source if seqs is None else seqs.path)
     if not is_csv(out) and out.suffix not in ('.parquet','.rdat'): raise ValueError(f"{out}: the output is a .parquet, .csv, .csv.gz or .rdat file")
-    if report: check_target(report, source, out)
+    if report: check_target(report, source if seqs is None else seqs.path, out)
     if figures: check_target(Path(figures)/'x')
-    seqs = Sequences(source)
+    if out.suffix == '.rdat': _rdat_kit()
+    seqs = Sequences(source, skip_bad) if seqs is None else seqs
     if out.suffix == '.rdat' and (seqs.low is not None or len(seqs) > 10_000): raise ValueError(f"{out}: RDAT holds up to 10,000 RNAs and no submission: write .parquet or .csv")
     return out,seqs
 
@@ -676,7 +770,7 @@ def _checked(out, source, figures, report): # path, sequences; ValueError before
 def job_of(model, seqs, structures)->dict: # what the predictions depend on
     return dict(source=sha256(seqs.path), kind_of_output='table' if seqs.low is None else 'submission', models=[sha256(p) for p in model.paths],
                 weights=model.weights.tolist(), flip=model.flip, dtype=str(model.dtype), calibration=model.calibration, structures=structures and seqs.low is None,
-                raw=model.raw, engine=folding(model.cfgs[0]).key)
+                raw=model.raw, engine=folding(model.cfgs[0]).key, seen=model.seen)
 
 def first_rows(model, seqs, out, bpp, structures, n=300)->pd.DataFrame: # as `predict` gives them
     "The first predictions of a file: read where it holds all that figures need, else made again"
@@ -684,23 +778,44 @@ def first_rows(model, seqs, out, bpp, structures, n=300)->pd.DataFrame: # as `pr
     head = seqs.take(0, n)
     return predict(model, head.sequence, head.name, bpp, structures)
 
-def draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate)->str: # what was drawn
-    "Figures and report of the first sequences of a file"
+def draw_file(model, seqs, out, bpps, figures, report, structures, measured, mutate, most=20)->str: # what was drawn
+    "Figures and report of the first sequences of a file, and how many these are of how many"
     if not (figures or report): return ''
     bpp = BppStore(bpps, folding(model.cfgs[0]))
-    table = first_rows(model, seqs, out, bpp, structures)
+    table = first_rows(model, seqs, out, bpp, structures, max(300, most))
     known = measured_profiles(measured, table.sequence) if measured else {}
-    drawn,text = all_figures(table, bpp, known, model if mutate else None),''
-    if figures: text = f'; {len(drawn := write_figures(drawn, figures))} figures in {figures}'
+    drawn = all_figures(table, bpp, known, model if mutate else None, most, len(seqs))
+    text,share = '',drawn_share(len(seqs), len(table), most)
+    if figures:
+        drawn = write_figures(drawn, figures)
+        text = f'; {len(drawn)} figures in {figures}'
     if report:
-        brief = pd.DataFrame({'name': table.name, 'nt': table.sequence.map(len)} | {f'mean {m}': table[f'reactivity_{m}_MaP'].map(np.mean).round(3) for m in MODS} | {
-            c: table[c] for c in ('eterna_score','eterna_score_guided') if c in table})
-        words = f'{len(seqs)} sequences of {seqs.path.name}; models: {", ".join(map(str, model.paths))}; predicted, not measured.'
-        fasta = '\n'.join(f"{r['name']}\n{r['sequence']}\n{r['structure_guided']}" for r in table.head(20).to_dict('records')) if 'structure' in table else ''
-        write_report(report, f'Predicted reactivity: {seqs.path.name}', itertools.chain(
-            [('', words), ('Summary', brief)], [('Structures, guided by the predicted 2A3', fasta)]*bool(fasta), ((title, what) for _,title,what in drawn)))
+        parts = itertools.chain(report_parts(model, seqs, table, share), ((title, what) for _,title,what in drawn))
+        write_report(report, f'Predicted reactivity: {seqs.path.name}', parts)
         text += f'; report {report}'
-    return text
+    return text + (f' ({share})' if share else '')
+
+# %% ../nbs/05_infer.ipynb #f2b86c02
+def drawn_share(total:int, table:int, most:int)->str: # '' when all are drawn
+    "Of how many RNAs of a file a report shows what"
+    parts = [f'{most} of {total:,} RNAs one by one: --figures-most {min(total, 10*most)} draws more'] if total > most else []
+    if total > table: parts.append(f'the first {table} in table and heat map')
+    return f"drawn are {', '.join(parts)}" if parts else ''
+
+def report_parts(model, seqs, table, share)->list: # (heading, what), for `write_report`
+    "What a report says before its figures"
+    names = ', '.join(map(_named, model.paths))
+    parts = [('', f'{len(seqs):,} sequences of {seqs.path.name}; models: {names}; predicted, not measured.')]
+    if share: parts.append(('', f'{share[0].upper()}{share[1:]}.'))
+    if model.seen and (line := outside_line(seqs, model.seen)): parts.append(('', f'Warning: {line}.'))
+    brief = dict(name=table.name, nt=table.sequence.map(len))
+    for m in MODS: brief[f'mean {m}'] = table[f'reactivity_{m}_MaP'].map(np.mean).round(3)
+    brief |= {c: table[c] for c in ('eterna_score','eterna_score_guided','warning') if c in table}
+    parts.append(('Summary', pd.DataFrame(brief)))
+    if 'structure' in table:
+        fasta = '\n'.join(f"{r['name']}\n{r['sequence']}\n{r['structure_guided']}" for r in table.to_dict('records'))
+        parts.append(('Structures, guided by the predicted 2A3', fasta))
+    return parts
 
 # %% ../nbs/05_infer.ipynb #b6fb1094
 def _shard(ctx, param, value):
@@ -717,15 +832,16 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
 # %% ../nbs/05_infer.ipynb #d45bbcda
 @command()
 @click.argument('sequences', type=click.Path(path_type=Path))
-@click.option('--ckpt', multiple=True, type=click.Path(path_type=Path), help='Run folder, checkpoint, or ensemble file of ribo_score --fit; several make an ensemble.  [default: the models that come with ribo_nb]')
+@click.option('--ckpt', multiple=True, type=click.Path(path_type=Path), help='Run folder, checkpoint, the official RibonanzaNet.pt, or ensemble file of ribo_score --fit; several make an ensemble.  [default: the models that come with ribo_nb]')
 @click.option('--out', required=True, type=click.Path(path_type=Path), help='File to write: .parquet, .csv, .csv.gz or (tables only) .rdat.')
-@click.option('--flip/--no-flip', default=None, help='Also read every RNA from its other end: a little better, twice the time.  [default: as the ensemble file says, else no]')
+@click.option('--flip/--no-flip', default=None, help='Also read every RNA from its other end: a little better, twice the time; for models trained with flips, which those of ribo_nb were not.  [default: as the ensemble file says, else no]')
 @click.option('--raw', is_flag=True, help='The last weights instead of their running average, where a run kept both.')
 @click.option('--precision', default='fp32', type=click.Choice(['fp32','bf16','fp16','auto']), help='Of the arithmetic.')
 @click.option('--device', default='auto', type=click.Choice(['auto','cpu','cuda']), help='Where to compute.')
 @click.option('--bpp', 'bpps', type=click.Path(path_type=Path), help='Keep and reuse base-pair probabilities in this folder.')
 @click.option('--no-structure', is_flag=True, help='Leave dot-brackets out of a table.')
 @click.option('--figures', type=click.Path(path_type=Path), help='Also draw figures into this folder.')
+@click.option('--figures-most', 'most', default=20, type=click.IntRange(0), help='RNAs that figures and report draw one by one.')
 @click.option('--report', type=click.Path(path_type=Path), help='Also write one HTML file with all of it.')
 @click.option('--measured', type=click.Path(path_type=Path), help='Store or RDAT file with measured profiles, drawn beside the predictions.')
 @click.option('--mutate', is_flag=True, help='Also draw a mutate-and-map of the first sequence.')
@@ -733,7 +849,8 @@ def infer_together(processes, ckpts, source, out, bpps=None, hours=0.):
 @click.option('--hours', default=0., type=click.FloatRange(0), help='Stop in time, with all finished parts kept; 0: no limit.')
 @click.option('--merge', is_flag=True, help='Only join parts that shards have made, perhaps on other machines.')
 @click.option('--pseudo', type=click.Path(path_type=Path), help='Write a store to train on: this one and, as pseudo-labels, SEQUENCES.')
-def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_structure, figures, report, measured, mutate, shard, hours, merge, pseudo):
+@click.option('--skip-bad', is_flag=True, help='Leave out records that are bad (not a submission), instead of stopping at the first, and list them in OUT.skipped.csv.')
+def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_structure, figures, most, report, measured, mutate, shard, hours, merge, pseudo, skip_bad):
     """Predict 2A3 and DMS reactivity (0 to 1 per nucleotide) of SEQUENCES.
 
     Without --ckpt the models that come with ribo_nb are used; MODEL_CARD.md beside them says what they are good for.
@@ -742,17 +859,25 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
     command goes on where it was. Exit code 75: asked to stop, and all finished parts are kept."""
     if mutate and not (figures or report): raise click.UsageError('--mutate draws into --figures or --report: give one.')
     if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    # What can be wrong with the files is found before the models are loaded
+    store = Store(pseudo) if pseudo else read_measured(measured) if measured else None
+    if merge and not out.with_name(f'{out.name}.parts').is_dir():
+        raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")
+    if pseudo or merge: seqs = Sequences(sequences, skip_bad)
+    else:
+        out,seqs = _checked(out, sequences, figures, report, skip_bad)
+        if not no_structure and seqs.low is None: vienna()
     model = load(list(ckpt) or None, device, flip, raw, precision)
     if not ckpt and not int(os.environ.get('LOCAL_RANK', 0)): click.echo(shipped(), err=True)
     if pseudo:
-        n = write_pseudo(model, read_sequences_file(sequences).sequence, Store(pseudo), out, BppStore(bpps, folding(model.cfgs[0])))
+        if model.seen and (line := outside_line(seqs, model.seen)): click.echo(line, err=True)
+        if text := seqs.left_out.report(out): click.echo(text, err=True)
+        n = write_pseudo(model, seqs.take().sequence, store, out, BppStore(bpps, folding(model.cfgs[0])))
         click.echo(f'{out}: {n} sequences with pseudo-labels, behind the rows of {pseudo}'); return
     if merge:
-        seqs = Sequences(sequences)
-        if not out.with_name(f'{out.name}.parts').is_dir(): raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")
         join(Job(check_target(out, sequences), job_of(model, seqs, not no_structure), seqs.length), seqs)
         click.echo(f'{out}: joined'); return
-    try: click.echo(infer_file(model, sequences, out, bpps, figures, report, not no_structure, read_measured(measured) if measured else None, mutate, shard, hours))
+    try: click.echo(infer_file(model, seqs, out, bpps, figures, report, not no_structure, store, mutate, shard, hours, most, skip_bad))
     except Stopped as e:
         click.echo(str(e), err=True)
         raise SystemExit(STOPPED) from e
