@@ -112,7 +112,7 @@ def log_weight(
     v:dict, # from `read_contrafold`
 )->float: # natural logarithm of its weight; -inf when the model forbids it
     "CONTRAfold's score of one structure, term by term: the plain reference of what follows"
-    s,total,open_,inner = sequence,0.,[],[[]]
+    s,total,open_,inner = as_rna(sequence),0.,[],[[]]
     for j,c in enumerate(dot_bracket):
         if c == '(': open_.append(j); inner.append([])
         if c != ')': continue
@@ -373,7 +373,7 @@ class Engine:
             except (ValueError, MemoryError) as e: yield f'{type(e).__name__}: {e}'
     def __call__(self, sequence:str)->np.ndarray: # (l l)
         out = np.zeros((len(sequence),)*2)
-        i,j,p = self.pairs(sequence)
+        i,j,p = _right(self, self.pairs(sequence), len(sequence))
         out[i,j] = out[j,i] = p
         return out
     def prepare(self): pass # called once before many sequences; ValueError when it will not work
@@ -412,18 +412,16 @@ class Native(Engine):
         return _above(np.minimum(P, 1), threshold)
 
 # %% ../nbs/01_bpp.ipynb #1cac2b39
-_vienna_params = []  # the one parameter set of this process, once an engine has folded with it
-
 class Vienna(Engine):
     "ViennaRNA's partition function; `params` is a ViennaRNA .par file"
     name,licence,install = 'vienna','ViennaRNA licence (free, see its COPYING)','pip install ViennaRNA'
     def __init__(self, params=None):
         super().__init__(params)
-        import RNA
-        self.version = RNA.__version__
+        self.version,self.text = vienna().__version__,''
         if params:
-            with readable(params, 'a ViennaRNA parameter file (.par)') as p: head = p.read_bytes()[:29]
-            if head != b'## RNAfold parameter file v2.':
+            with readable(params, 'a ViennaRNA parameter file (.par)') as p:
+                self.text = p.read_text(encoding='utf-8')
+            if not self.text.startswith('## RNAfold parameter file v2.'):
                 raise ValueError(f"{params}: does not begin with '## RNAfold parameter file v2.0': give a ViennaRNA "
                                  f".par file, or none for Turner 2004")
     @classmethod
@@ -433,21 +431,12 @@ class Vienna(Engine):
         return RNA.__file__
     @staticmethod
     def seconds(n): return 60e-3*(n/177)**2.2
-    def _load(self, RNA):
-        if not _vienna_params:
-            if self.params and not RNA.params_load(self.params):
-                raise ValueError(f"{self.params}: ViennaRNA cannot read this parameter file")
-            _vienna_params.append(self.params)
-        if _vienna_params[0] != self.params:
-            raise ValueError(f"this process folds with ViennaRNA parameters {_vienna_params[0] or 'default'} and "
-                             f"cannot change to {self.params or 'default'}: start a new process")
+    def prepare(self): self.pairs('GGGAAAACCC')  # the energies, once for all children
+
     def pairs(self, sequence, threshold=0.):
-        import RNA
-        self._load(RNA)
-        if len(sequence) < 5: return np.empty(0, int),np.empty(0, int),np.empty(0)
-        fc = RNA.fold_compound(sequence)
-        if len(sequence) > 1000: fc.exp_params_rescale(fc.mfe()[1])  # keeps the partition function of a long RNA inside a double
-        fc.pf()
+        fc = vienna_compound(sequence, self.text)
+        if fc.length < 5: return np.empty(0, int),np.empty(0, int),np.empty(0)
+        if fc.length > 1000 or not _summed(fc): _summed_at_scale(fc)
         return _vienna_pairs(fc, threshold)
 
 # %% ../nbs/01_bpp.ipynb #36ca86a5
@@ -455,22 +444,56 @@ class _VarArray(ctypes.Structure):
     "How ViennaRNA 2.7's Python module describes an array"
     _fields_ = [('length',ctypes.c_size_t),('data',ctypes.POINTER(ctypes.c_double)),('type',ctypes.c_uint)]
 
+def _triangle(array, n):
+    "The numbers of a triangular array of ViennaRNA: straight from its memory, or one by one where that looks different"
+    a,size = _VarArray.from_address(int(array.this)),n*(n+1)//2 + 1
+    if a.length == n and a.data:
+        flat = np.ctypeslib.as_array(a.data, (size,))
+        if all(flat[k] == array[k] or flat[k] != flat[k] for k in (1, n, size//2, size-1)): return flat
+    return np.array([array[k] for k in range(size)])
+
 def _vienna_pairs(fc, threshold):
-    "Pairs of a folded compound: straight from ViennaRNA's memory, or through its list of pairs where that looks different"
-    n,probs = fc.length,fc.exp_matrices.probs
-    a = _VarArray.from_address(int(probs.this))
-    if a.length != n or not a.data: return _vienna_list(fc, threshold)
-    flat = np.ctypeslib.as_array(a.data, (n*(n+1)//2 + 1,))
-    if any(flat[k] != probs[k] for k in (1, n, n*(n+1)//4, n*(n+1)//2)): return _vienna_list(fc, threshold)
+    "Pairs of a folded compound"
+    n = fc.length
+    flat = _triangle(fc.exp_matrices.probs, n)
     at = np.flatnonzero(flat > threshold)  # pair (i, j), counted from 1, is at (n+1-i)(n-i)/2 + n+1-j
     first = np.arange(n)[::-1]*np.arange(1, n+1)[::-1]//2 + 1  # where row i begins: j = n
     i = n - np.searchsorted(first[::-1], at, side='right')
     return i,n-1 - (at-first[i]),flat[at]
 
-def _vienna_list(fc, threshold):
-    pairs = [(x.i-1, x.j-1, x.p) for x in fc.plist_from_probs(max(threshold, 1e-12)) if x.type == 0]
-    i,j,p = np.array(pairs or np.empty((0, 3))).T
-    return i.astype(int),j.astype(int),p
+# %% ../nbs/01_bpp.ipynb #1406956d
+def _summed(
+    fc, # RNA.fold_compound
+    *energy, # kcal/mol that the factor per nucleotide is taken from; default: guessed
+)->bool:
+    "Compute pair probabilities; whether no sum over structures that matters has left a double's range"
+    fc.exp_params_rescale(*energy)
+    total = fc.pf()[1]
+    # ViennaRNA's answers to an overflow are inf, NaN and +100000 kcal/mol
+    if not total < 1e4:
+        return False
+    sums = _triangle(fc.exp_matrices.q, fc.length)[1:]
+    if not sums.max() < 1e290:
+        return False
+    return bool(sums.min() > 1e-290) or _explained(fc, total)
+
+def _explained(fc, total):
+    "Whether the best structure dominates (1 % or more), and each of its pairs is at least as probable as it is"
+    i,j,p = _vienna_pairs(fc, 1e-3)
+    if np.bincount(np.r_[i, j], np.r_[p, p], 1).max() > 1 + 1e-4:
+        return False
+    best,energy = fc.mfe()
+    share = np.exp((total - energy)/(fc.exp_params.kT/1000))
+    known = dict(zip(zip(i.tolist(), j.tolist(), strict=True), p.tolist(), strict=True))
+    partner = [k-1 for k in vienna().ptable(best)[1:]]
+    return share > .01 and all(known.get((a, b), 0.) > .9*share for a,b in enumerate(partner) if b > a)
+
+def _summed_at_scale(fc):
+    "The same with factors from the minimum free energy; ValueError when none of them fits"
+    energy = fc.mfe()[1]
+    if not any(_summed(fc, share*energy) for share in (1, .93, .86, 1.07)):
+        raise ValueError(f"ViennaRNA's sums over the structures of {fc.sequence[:20]}… ({fc.length} nt) span more than "
+                         f"a double can hold: fold it with another engine, such as native")
 
 # %% ../nbs/01_bpp.ipynb #b50c50f2
 def _posteriors(path, n):
@@ -508,7 +531,7 @@ class Contrafold(Engine):
     def _call(self, sequences, threshold, limit):
         with tempfile.TemporaryDirectory(prefix='ribo_bpp_') as d:
             d = Path(d)
-            for k,s in enumerate(sequences): (d/f's{k:03}.fa').write_text(f'>s{k}\n{s}\n')
+            for k,s in enumerate(sequences): (d/f's{k:03}.fa').write_text(f'>s{k}\n{as_rna(s)}\n')
             out = d/'out' if len(sequences) > 1 else d/'s000.out'
             if len(sequences) > 1: out.mkdir()
             cmd = [self.binary, 'predict', *sorted(map(str, d.glob('*.fa'))), *(['--params', self.params] if self.params else []),
@@ -544,6 +567,33 @@ class Eternafold(Contrafold):
         params = params or native_params()
         super().__init__(ETERNAFOLD if Path(params).name == 'contrafold.params.complementary' else params)
 
+# %% ../nbs/01_bpp.ipynb #8c063c6f
+def _kaggle_pairs(path, n, threshold):
+    "i, j, p of one of Kaggle's BPP text files; ValueError names file, line and what is wrong"
+    with readable(path, "lines `i j p`, Kaggle's base-pair probabilities") as p:
+        lines = p.read_text(encoding='utf-8').splitlines()
+    # some files end in a line that is none: blank, or `None`
+    while lines and lines[-1].strip() in ('', 'None', 'nan'):
+        lines.pop()
+    if not lines:
+        raise ValueError(f'{path}: no line `i j p` in it: the file is damaged or cut short, download it again')
+    pairs = []
+    for k,line in enumerate(lines, 1):
+        m = re.fullmatch(r'\s*(\d+)\s+(\d+)\s+(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*', line)
+        if not m:
+            raise ValueError(f'{path}, line {k}: expected `i j p`, found {line[:40]!r}: the file is damaged or cut '
+                             f'short, download it again')
+        i,j,probability = int(m[1]),int(m[2]),float(m[3])
+        if not (1 <= i <= n and 1 <= j <= n and i != j):
+            raise ValueError(f'{path}, line {k}: pairs positions {i} and {j} of an RNA of {n} nt: this is the file of '
+                             f'another RNA')
+        if probability > 1 + 1e-6:
+            raise ValueError(f'{path}, line {k}: a probability of {m[3]}, expected 0 to 1')
+        if probability > threshold:
+            pairs.append((min(i, j) - 1, max(i, j) - 1, probability))
+    i,j,p = np.array(pairs or np.empty((0, 3))).T
+    return i.astype(int),j.astype(int),p
+
 # %% ../nbs/01_bpp.ipynb #686f6947
 class Kaggle(Engine):
     "Kaggle's BPP text files; `params` is their folder (Ribonanza_bpp_files, or any that holds ID.txt)"
@@ -560,22 +610,13 @@ class Kaggle(Engine):
     def seconds(n): return 1e-3
 
     def pairs(self, sequence, threshold=0.):
-        name = sequence_id(sequence)
+        name = sequence_id(as_rna(sequence))
         places = [Path(self.params)/sub/f'{name}.txt'
                   for sub in ('', f'{name[0]}/{name[1]}/{name[2]}', f'extra_data/{name[0]}/{name[1]}/{name[2]}')]
         path = next((p for p in places if p.exists()), None)
         if not path:
             raise ValueError(f'{places[0]}: no such file, nor below {self.params}/{name[0]}/{name[1]}/{name[2]}')
-        lines = [x.split() for x in path.read_text().splitlines()]
-        good = [len(x) == 3 and x[0].isdigit() and x[1].isdigit() and re.fullmatch(r'[\d.eE+-]+', x[2]) is not None
-                for x in lines]
-        end = max((k for k,g in enumerate(good, 1) if g), default=0)
-        if not all(good[:end]):
-            raise ValueError(f'{path}, line {good.index(False)+1}: expected `i j p`, found '
-                             f'{" ".join(lines[good.index(False)])[:40]!r}')
-        i,j,p = np.array([[float(x) for x in line] for line in lines[:end]] or np.empty((0, 3))).T
-        keep = p > threshold
-        return np.minimum(i, j).astype(int)[keep]-1,np.maximum(i, j).astype(int)[keep]-1,p[keep]
+        return _kaggle_pairs(path, len(sequence), threshold)
 
 # %% ../nbs/01_bpp.ipynb #e6cc959c
 engines = {e.name: e for e in (Native, Vienna, Eternafold, Contrafold, Kaggle)}
@@ -618,6 +659,11 @@ def check_pairs(
         raise ValueError(f'a nucleotide that is paired with probability {top:.4f}')
     return i,j,p
 
+def _right(eng, pairs, n):
+    "Pairs that an engine has computed, checked; ValueError names the engine"
+    try: return check_pairs(*pairs, n, eng.rounding)
+    except ValueError as e: raise ValueError(f'{eng.name} {eng.version} returned {e}') from e
+
 # %% ../nbs/01_bpp.ipynb #4ade5f44
 PAIR = np.dtype([('gap','u1'),('p','<f2')])
 
@@ -659,9 +705,7 @@ def sparse(
     "Checked pairs of one sequence as they are stored"
     return _checked(eng.pairs(sequence, threshold), sequence, eng)
 
-def _checked(pairs, sequence, eng):
-    try: return pack(*check_pairs(*pairs, len(sequence), eng.rounding), len(sequence))
-    except ValueError as e: raise ValueError(f'{eng.name} {eng.version} returned {e}') from e
+def _checked(pairs, sequence, eng): return pack(*_right(eng, pairs, len(sequence)), len(sequence))
 
 # %% ../nbs/01_bpp.ipynb #ee360bac
 BPP_VERSION = 2
@@ -898,6 +942,7 @@ class BppStore:
     def __len__(self): return len(self.files.lines)
 
     def rows(self, sequences)->np.ndarray: # line of each sequence, -1 where it is missing
+        sequences = [as_rna(s) for s in sequences]
         if self.index[0] != len(self):
             lines = np.array(self.files.lines['hash'])
             first = lines.view('<u8')[::2]
@@ -910,7 +955,7 @@ class BppStore:
         return np.where(hashes[at] == want, order[at], -1)
 
     def missing(self, sequences):
-        seqs = list(dict.fromkeys(sequences))
+        seqs = list(dict.fromkeys(map(as_rna, sequences)))
         return [s for s,r in zip(seqs, self.rows(seqs), strict=True) if r < 0]
 
     def fill(self,
@@ -1019,7 +1064,7 @@ def clean_sequences(
     for k,s in enumerate(sequences):
         try:
             if not isinstance(s, str) or not s: raise ValueError('there is no sequence: fill it in or remove it')
-            out.append(decode(encode(s)))
+            out.append(as_rna(s))
         except ValueError as e:
             raise ValueError(f"{path}, {what} {first+k+1}{f' ({names[k]})' if names is not None else ''}: {e}") from e
     return out

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MODS', 'NTS', 'command', 'FLANK5', 'FLANK3', 'CONTEXTS', 'STORE_VERSION', 'SPLITS', 'COLORS', 'encode', 'decode',
-           'datamount', 'check_target', 'atomic', 'progress', 'Command', 'contexts', 'wide_columns', 'sequence_id',
-           'simulate', 'is_parquet', 'readable', 'writable', 'text_tables', 'read_table', 'numbers', 'ahead',
-           'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds', 'length_folds', 'sha256', 'Spool',
-           'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate', 'training_batch', 'epoch_batches',
-           'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
+           'as_rna', 'datamount', 'check_target', 'atomic', 'progress', 'Command', 'vienna', 'vienna_compound',
+           'contexts', 'wide_columns', 'sequence_id', 'simulate', 'is_parquet', 'readable', 'writable', 'text_tables',
+           'read_table', 'numbers', 'ahead', 'read_raw', 'pair_profiles', 'families', 'cluster', 'assign_folds',
+           'length_folds', 'sha256', 'Spool', 'write_store', 'Store', 'plot_profile', 'plot_heatmap', 'collate',
+           'training_batch', 'epoch_batches', 'random_flips', 'held_out', 'write_holdout', 'kaggle_raw', 'ribo_data']
 
 # %% ../nbs/00_data.ipynb #7996f5c1
 import csv,errno,getpass,glob,gzip,hashlib,itertools,json,mmap,os,queue,re,subprocess,sys,tempfile,threading,zlib
@@ -44,6 +44,12 @@ def encode(
 
 def decode(ids:np.ndarray)->str: # ids 1..4 back to letters
     return np.frombuffer(b'?' + NTS.encode(), np.uint8)[ids].tobytes().decode()
+
+def as_rna(
+    sequence:str, # RNA or DNA letters, either case
+)->str: # the same in upper case with U for T
+    "How a sequence is spelled everywhere in here; raises ValueError on a letter that is no nucleotide"
+    return decode(encode(sequence))
 
 # %% ../nbs/00_data.ipynb #531d5eb8
 def datamount()->Path: # the folder for data and runs, never in git
@@ -167,6 +173,80 @@ def _library(
         rows.setdefault(FLANK5 + ''.join(core) + FLANK3, name)
     return pd.DataFrame(dict(sequence=list(rows), dataset_name=list(rows.values())))
 
+# %% ../nbs/00_data.ipynb #59f74bfb
+import locale
+from functools import lru_cache
+from threading import Lock
+
+# %% ../nbs/00_data.ipynb #b8bea172
+def vienna():
+    "The module RNA; ValueError says how to get it"
+    try:
+        import RNA
+    except ImportError as e:
+        raise ValueError("structures need ViennaRNA: pip install ViennaRNA, or go without them") from e
+    return RNA
+
+# ViennaRNA's own defaults; `RNA.md()` would copy what the process has set instead
+_DETAILS = dict(
+    temperature=37., betaScale=1., pf_smooth=1, dangles=2, special_hp=1, noLP=0, noGU=0, noGUclosure=0, logML=0,
+    circ=0, circ_penalty=1, gquad=0, uniq_ML=0, energy_set=0, backtrack=1, backtrack_type='F', compute_bpp=1,
+    max_bp_span=-1, min_loop_size=3, window_size=-1, oldAliEn=0, ribo=0, cv_fact=1., sfact=1.07, salt=1.021,
+    saltMLLower=6, saltMLUpper=24, saltDPXInit=99999, saltDPXInitFact=-45.324, helical_rise=2.8, backbone_length=6.)
+
+# %% ../nbs/00_data.ipynb #82c9e3fd
+_vienna_lock = Lock()
+
+@contextmanager
+def _vienna_parameters(RNA, text):
+    "Turner 2004 and on top of it `text` are ViennaRNA's parameters within the block; afterwards the process has its own again"
+    with _vienna_lock, tempfile.TemporaryDirectory(prefix='ribo_rna_') as d:
+        before = locale.setlocale(locale.LC_NUMERIC)
+        # ViennaRNA reads and writes numbers as the locale says: 107,856 in Germany
+        locale.setlocale(locale.LC_NUMERIC, 'C')
+        RNA.params_save(f'{d}/own.par')
+        try:
+            read = RNA.params_load_from_string(RNA.parameter_set_rna_turner2004, 'Turner 2004', 0)
+            if text:
+                read = RNA.params_load_from_string(text.rstrip('\n') + '\n', 'ribo_nb', 0)
+            if not read:
+                raise ValueError("ViennaRNA cannot read these parameters: give a .par file in its format, version 2.0")
+            yield
+        finally:
+            RNA.params_load(f'{d}/own.par')
+            locale.setlocale(locale.LC_NUMERIC, before)
+
+# %% ../nbs/00_data.ipynb #729dae6c
+_vienna_sets = []  # texts of the parameter files that were used
+
+@lru_cache
+def _vienna_energies(
+    text:str, # of a .par file; '' for Turner 2004
+    details:tuple, # (name, value) of model details that are not as in `_DETAILS`
+)->tuple: # model details, energies, Boltzmann factors
+    "What ViennaRNA computes with, whatever the process has done to its globals"
+    RNA = vienna()
+    if text not in _vienna_sets:
+        _vienna_sets.append(text)
+    # ViennaRNA 2.7.2 keeps energies by model details, even after other parameters were loaded.
+    # So each set gets details of its own: nc_fact counts in alignments only.
+    md = RNA.md(**_DETAILS | dict(details), nc_fact=1.0625 + _vienna_sets.index(text))
+    with _vienna_parameters(RNA, text):
+        return md,RNA.param(md),RNA.exp_param(md)
+
+# %% ../nbs/00_data.ipynb #35b9e143
+def vienna_compound(
+    sequence:str,
+    params:str='', # text of a .par file; default: Turner 2004
+    **details, # ViennaRNA's model details that differ from its defaults
+): # RNA.fold_compound; before `pf` call its `exp_params_rescale`, or ViennaRNA takes the process's parameters again
+    "A sequence ready to be folded by ViennaRNA"
+    md,energies,factors = _vienna_energies(params, tuple(details.items()))
+    fc = vienna().fold_compound(as_rna(sequence), md)
+    fc.params_subst(energies)
+    fc.exp_params_subst(factors)
+    return fc
+
 # %% ../nbs/00_data.ipynb #ba9f371e
 CONTEXTS = 'helix','helix end','hairpin loop','other loop'
 
@@ -191,11 +271,8 @@ def _flexibility(
     draws:int=20, # structures from the ensemble
 )->np.ndarray: # share of the draws in which each nucleotide is in each context, (l 4)
     "How often each nucleotide is in each of `CONTEXTS`, in the thermodynamic ensemble"
-    import RNA
-    RNA.init_rand(seed % 2**32)
-    md = RNA.md()
-    md.uniq_ML,md.compute_bpp = 1,0
-    fc = RNA.fold_compound(sequence, md)
+    fc = vienna_compound(sequence, uniq_ML=1, compute_bpp=0)
+    vienna().init_rand(seed % 2**32)
     fc.exp_params_rescale(fc.mfe()[1])
     fc.pf()
     ctx = np.stack([contexts(s) for s in fc.pbacktrack(draws)])

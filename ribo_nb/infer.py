@@ -526,7 +526,7 @@ def error_by(sequences, preds, reacts)->dict: # nucleotide, structural context â
 # %% ../nbs/05_infer.ipynb #23b790ae
 def mutate_and_map(model, sequence, title='')->plt.Figure:
     "Predicted change of reactivity with each single mutation: stripes across the diagonal are helices that the model believes in"
-    t = predict(model, mutants(decode(encode(sequence))))
+    t = predict(model, mutants(sequence))
     return plot_mutate_map(t.sequence[0], [_arrays(r, 'reactivity') for r in t.to_dict('records')], title or 'predicted mutate-and-map')
 
 def all_figures(table, bpp, measured, model=None, most=20):
