@@ -177,11 +177,13 @@ def weights(
                    kernel=k, kernel_rev=np.ascontiguousarray(k[..., ::-1]), bulge=bulge, one_one=one_one,
                    free=np.exp([v[k] for k in _single]))
 
+@np.errstate(under='ignore')  # what is too small for a double is zero, also where the process wants an error
 def _scaled(w, n, scale):
     "The weights of a sequence of n nucleotides, each nucleotide's share divided by `scale`"
     l = np.arange(max(n, 1))
     w = w._replace(hairpin=w.hairpin[np.minimum(l, 30)])
     if scale == 1: return w
+    scale = np.float64(scale)
     k = scale**-(np.arange(31.)[:,None] + np.arange(32)).reshape(31, 4, 8)
     free = w.free*scale**-np.array([0, 0, 1., 0, 1])
     return w._replace(pair=w.pair*scale**-2., hairpin=w.hairpin*scale**-l.astype(float), kernel=w.kernel*k,
@@ -912,7 +914,7 @@ def dense(
     i,j = _cells(flat['gap'], np.r_[0, np.cumsum(n)], length, turn)
     b,i,j,p = (torch.from_numpy(x).to(device)
                for x in (np.repeat(np.arange(len(rows)), n), i, j, flat['p'].astype(np.float32)))
-    out = torch.zeros(len(rows), *[int(length.max(initial=0))]*2, device=device)
+    out = torch.zeros(len(rows), *[int(length.max(initial=0))]*2, dtype=torch.float32, device=device)
     if out.device.type == 'cpu': _scatter(out.numpy(), b.numpy(), i.numpy(), j.numpy(), p.numpy())
     else: out[b,i,j] = out[b,j,i] = p
     return out

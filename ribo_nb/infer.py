@@ -49,7 +49,7 @@ class Ensemble(nn.Module):
         super().__init__()
         self.members,self.cfgs,self.paths = nn.ModuleList(members),list(cfgs),list(paths)
         self.flip,self.dtype,self.calibration,self.raw = flip,dtype,calibration,raw
-        w = torch.ones(len(members)) if weights is None else torch.tensor(weights, dtype=torch.float32)
+        w = torch.ones(len(members), dtype=torch.float32) if weights is None else torch.tensor(weights, dtype=torch.float32)
         self.register_buffer('weights', w/w.sum(), persistent=False)
 
     def each(self, batch): # (k b l m)

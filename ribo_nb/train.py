@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
            'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args',
-           'Cfg', 'make_cfg', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
-           'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'masked_mae', 'resolve', 'to_device',
-           'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by', 'save', 'load_checkpoint', 'fits',
-           'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like', 'Average', 'world', 'summed',
-           'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress', 'check_same', 'Stopped', 'stoppable',
-           'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'folding',
-           'check_trainable', 'alone', 'train_run', 'record', 'measure', 'plot_log', 'plot_scores', 'plot_errors',
-           'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch',
-           'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow', 'launch']
+           'Cfg', 'make_cfg', 'single_precision', 'build', 'compile_blocks', 'n_parameters', 'summary',
+           'absolute_errors', 'official_mae', 'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight',
+           'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by',
+           'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like',
+           'Average', 'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress',
+           'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log',
+           'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone', 'train_run', 'record', 'measure',
+           'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap',
+           'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow',
+           'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
@@ -179,7 +180,19 @@ def make_cfg(
         raise ValueError(f"Cfg has no field {', '.join(unknown)}, its fields are: {', '.join(Cfg.__dataclass_fields__)}")
     return replace(named, **o)
 
+# %% ../nbs/04_train.ipynb #ab7c9452
+@contextmanager
+def single_precision():
+    "float32 wherever no dtype is named, whatever the process has set; also a decorator"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
 # %% ../nbs/04_train.ipynb #d6f700aa
+@single_precision()
 def build(
     cfg:Cfg,
 )->nn.Module: # batch → predicted reactivity (b l m)
@@ -322,6 +335,7 @@ def to_device(batch, device): return {k: v.to(device, non_blocking=True) for k,v
 
 # %% ../nbs/04_train.ipynb #73cdc919
 @torch.inference_mode()
+@single_precision()
 def predict_sequences(
     model:nn.Module, # batch → (b l m)
     sequences:list, # RNA strings
@@ -852,6 +866,7 @@ class Trainer:
         if not world()[0]: save(self.out/'best.pt', self.cfg, **weights)
 
 # %% ../nbs/04_train.ipynb #c512671e
+@single_precision()
 def train(cfg, model, store, bpp, out, **how)->list: # the log; arguments as `Trainer`
     "Train, or go on training"
     Trainer(cfg, model, store, bpp, out, **how).run()

@@ -189,3 +189,19 @@ def test_kaggle_text_file_is_checked(tmp_path):
     with pytest.raises(ValueError, match='the same pair twice'): Kaggle(tmp_path)(s)
     path.write_text('1 12 0.9\n1 11 0.9\n')
     with pytest.raises(ValueError, match='1.8'): Kaggle(tmp_path)(s)
+
+def test_native_scale_under_numpys_error_state():
+    "Factors of a long RNA become zero in a double: no error, whatever NumPy is told"
+    from ribo_nb.bpp import _scaled
+    fold = engine('native')
+    want = _scaled(fold.weights, 2000, np.exp(2.5))
+    with np.errstate(all='raise'): assert_same(_scaled(fold.weights, 2000, np.exp(2.5)), want)
+
+def test_build_ignores_torchs_default_dtype():
+    from ribo_nb.train import build,make_cfg
+    cfg = make_cfg('cfg_demo', dict(d_model=16, n_layer=1))
+    before = build(cfg).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try: after = build(cfg).state_dict()
+    finally: torch.set_default_dtype(torch.float32)
+    for k,v in before.items(): assert after[k].dtype == v.dtype and (after[k] == v).all()
