@@ -58,7 +58,9 @@ def partners(
 
 def crossed(structure:str)->np.ndarray: # bool (l)
     "Nucleotides in pairs that cross another pair"
-    p = partners(structure)
+    return _crossed(partners(structure))
+
+def _crossed(p):
     i = np.flatnonzero(p > np.arange(len(p)))
     j = p[i]
     cross = (i[:,None] < i) & (i < j[:,None]) & (j[:,None] < j)  # pair a opens, b opens, a closes, b closes
@@ -69,16 +71,28 @@ def crossed(structure:str)->np.ndarray: # bool (l)
 # %% ../nbs/01b_structure.ipynb #337f577a
 def agreement(
     structure:str, # dot-bracket
-    react, # 2A3 reactivity, NaN where not measured: does not count, (l)
-)->dict: # eterna_score, crossed_pair_quality, openknot_score: 0 to 100, NaN where not defined
+    react, # 2A3 reactivity, NaN where not measured: what is scored lies between the first and the last value, (l)
+)->dict: # eterna_score, crossed_pair_quality, openknot_score: 0 to 100, NaN where nothing was measured
     "How well a structure explains a profile"
-    r,paired,cross = np.asarray(react, float),partners(structure) >= 0,crossed(structure)
+    r,partner = np.asarray(react, float),partners(structure)
     if len(r) != len(structure): raise ValueError(f"{len(r)} reactivities for a structure of {len(structure)} nt")
     known = ~np.isnan(r)
-    good = np.where(paired, r < .5, r > .125)[known]
-    eterna = 100*good.mean() if known.any() else np.nan
-    quality = 100*(r < .25)[cross & known].mean() if (cross & known).any() else np.nan
+    if not known.any():
+        return dict.fromkeys(('eterna_score','crossed_pair_quality','openknot_score'), np.nan)
+    paired = partner >= 0
+    eterna = 100*np.where(paired, r < .5, r > .125)[known].mean()
+    quality = _crossed_pair_quality(partner, r, known)
     return dict(eterna_score=eterna, crossed_pair_quality=quality, openknot_score=(eterna + quality)/2)
+
+def _crossed_pair_quality(partner, r, known):
+    at = np.arange(len(r))
+    first,last = np.flatnonzero(known)[[0, -1]]
+    inside = (at >= first) & (at <= last)
+    cross = _crossed(partner) & inside
+    # a crossing that needs a pair with an end outside of what is scored is worth half
+    whole = (partner >= 0) & inside & inside[partner]
+    worth = np.where(_crossed(np.where(whole, partner, -1)), 1., .5)
+    return 100*(worth*(r < .25))[cross].sum()/max(cross.sum(), 1)
 
 # %% ../nbs/01b_structure.ipynb #134b1bb6
 def layout(structure:str)->np.ndarray: # (l 2)
@@ -198,7 +212,10 @@ def write_report(
     "One HTML file that needs nothing else"
     def picture(png): return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     def show(what):
-        if isinstance(what, pd.DataFrame): return what.to_html(border=0)
+        if isinstance(what, pd.DataFrame):
+            # as pandas comes, not as the process has set it for its own tables
+            with pd.option_context('display.precision', 6, 'display.float_format', None, 'display.max_colwidth', None):
+                return what.to_html(border=0)
         if isinstance(what, Path): return picture(what.read_bytes())
         if isinstance(what, str): return f'<pre>{html.escape(what)}</pre>' if '\n' in what else f'<p>{html.escape(what)}</p>'
         buffer = io.BytesIO()

@@ -205,3 +205,33 @@ def test_build_ignores_torchs_default_dtype():
     try: after = build(cfg).state_dict()
     finally: torch.set_default_dtype(torch.float32)
     for k,v in before.items(): assert after[k].dtype == v.dtype and (after[k] == v).all()
+
+def test_report_ignores_pandas_options(tmp_path):
+    from ribo_nb.structure import write_report
+    table = pd.DataFrame(dict(name=['x'*80], value=[1.23456]))
+    write_report(tmp_path/'a.html', 'title', [('', table)])
+    with pd.option_context('display.precision', 1, 'display.max_colwidth', 8, 'display.float_format', '{:.0f}'.format):
+        write_report(tmp_path/'b.html', 'title', [('', table)])
+    assert (tmp_path/'a.html').read_text() == (tmp_path/'b.html').read_text()
+
+# ---- published definitions
+
+# a design of RMDB's OpenKnotPilot_PK50 (RHEt1_Miseq_PK50_Twist.rdat, row 1)
+PK50 = '.....((((((.....))))))....[[...(((((.((((....]]((((((....)))))).)))).)))))..(((((((....))))))).....................'
+
+@pytest.mark.parametrize(('first', 'last', 'eterna', 'quality'), [
+    (0, 114, 58.26086956521739, 18.181818181818183), (26, 94, 53.62318840579711, 18.181818181818183),
+    (27, 60, 64.70588235294117, 8.333333333333332), (40, 110, 59.154929577464785, 4.166666666666666)])
+def test_openknot_scores_equal_the_authors(first, last, eterna, quality):
+    "Values by eternagame/OpenKnotScorePipeline's scoring.py; a region that cuts pairs, too"
+    react = np.full(len(PK50), np.nan)
+    react[first:last+1] = np.abs(np.sin(np.arange(len(PK50))*1.7)).round(2)[first:last+1]
+    got = agreement(PK50, react)
+    want = dict(eterna_score=eterna, crossed_pair_quality=quality, openknot_score=(eterna + quality)/2)
+    assert got == pytest.approx(want)
+
+def test_openknot_scores_of_special_cases():
+    "Without crossed pairs the quality is 0, a gap in the data counts against it, no data no score"
+    assert agreement('((..))', [0, 0, 1, 1, 0, 0]) == dict(eterna_score=100., crossed_pair_quality=0., openknot_score=50.)
+    assert agreement('([.)].', [0, np.nan, 1, 0, 0, 1])['crossed_pair_quality'] == 75.
+    assert np.isnan(list(agreement('([.)].', [np.nan]*6).values())).all()
