@@ -119,7 +119,7 @@ def test_folding_ignores_numpys_error_state(tmp_path):
     with np.errstate(all='raise'):
         assert_same(all_folds(), before)
         bpps = BppStore(tmp_path, engine('native'))
-        long = FLANK5 + SHORT*18 + FLANK3
+        long = FLANK5 + SHORT*3 + FLANK3
         bpps.fill([long], quiet=True)
         assert bpps([long]).isfinite().all()
         simulate(4, seed=1)
