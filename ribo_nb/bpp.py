@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ETERNAFOLD', 'engines', 'PAIR', 'BPP_VERSION', 'contrafold_names', 'read_contrafold', 'native_params', 'log_weight',
-           'Weights', 'weights', 'Inside', 'Outside', 'Engine', 'Native', 'Vienna', 'Contrafold', 'Eternafold',
-           'Kaggle', 'engine', 'list_engines', 'check_pairs', 'pack', 'sparse', 'repair', 'fold_some', 'dense',
+           'Weights', 'weights', 'Inside', 'Outside', 'check_pairs', 'Engine', 'Native', 'Vienna', 'Contrafold',
+           'Eternafold', 'Kaggle', 'engine', 'list_engines', 'pack', 'sparse', 'repair', 'fold_some', 'dense',
            'store_key', 'store_folder', 'BppStore', 'plot_dots', 'plot_arcs', 'clean_sequences', 'read_sequences',
            'ribo_bpp']
 
@@ -358,6 +358,30 @@ def _above(P, threshold):
             if P[a,b] > threshold: i[k],j[k],p[k] = a,b,P[a,b]; k += 1
     return i[:k].copy(),j[:k].copy(),p[:k].copy()
 
+# %% ../nbs/01_bpp.ipynb #6b71433a
+def check_pairs(
+    i:np.ndarray, # position of the left partner, from 0
+    j:np.ndarray, # and of the right one
+    p:np.ndarray, # probability
+    n:int, # nucleotides
+    rounding:float=1e-4, # by how much a nucleotide's sum may exceed 1
+)->tuple: # the same
+    "Raise ValueError unless these can be the pair probabilities of a sequence of n nucleotides"
+    if not len(i) == len(j) == len(p): raise ValueError(f'columns of {len(i)}, {len(j)} and {len(p)} values')
+    if not len(p): return i,j,p
+    if not np.isfinite(p).all(): raise ValueError('a probability that is not finite')
+    if p.min() < 0 or p.max() > 1+1e-6: raise ValueError(f'probabilities from {p.min():.3g} to {p.max():.3g}')
+    if i.min() < 0 or j.max() >= n or not (i < j).all(): raise ValueError(f'pairs outside 1 ≤ i < j ≤ {n}')
+    if len(np.unique(i*n + j)) < len(i): raise ValueError('the same pair twice')
+    if (top := np.bincount(np.r_[i, j], np.r_[p, p]).max()) > 1+rounding:
+        raise ValueError(f'a nucleotide that is paired with probability {top:.4f}')
+    return i,j,p
+
+def _right(eng, pairs, n):
+    "Pairs that an engine has computed, checked; ValueError names the engine"
+    try: return check_pairs(*pairs, n, eng.rounding)
+    except ValueError as e: raise ValueError(f'{eng.name} {eng.version} returned {e}') from e
+
 # %% ../nbs/01_bpp.ipynb #b1d1c878
 class Engine:
     "Computes base-pair probabilities; called with a sequence it returns them as an (l l) array, symmetric. Subclasses define `pairs`"
@@ -641,30 +665,6 @@ def list_engines()->pd.DataFrame:
         except ValueError as x: found = f'not usable: {x}'  # a binary without parameters, a folder that is none
         rows.append(dict(engine=e.name, version=version, licence=e.licence, found=found))
     return pd.DataFrame(rows).set_index('engine')
-
-# %% ../nbs/01_bpp.ipynb #6b71433a
-def check_pairs(
-    i:np.ndarray, # position of the left partner, from 0
-    j:np.ndarray, # and of the right one
-    p:np.ndarray, # probability
-    n:int, # nucleotides
-    rounding:float=1e-4, # by how much a nucleotide's sum may exceed 1
-)->tuple: # the same
-    "Raise ValueError unless these can be the pair probabilities of a sequence of n nucleotides"
-    if not len(i) == len(j) == len(p): raise ValueError(f'columns of {len(i)}, {len(j)} and {len(p)} values')
-    if not len(p): return i,j,p
-    if not np.isfinite(p).all(): raise ValueError('a probability that is not finite')
-    if p.min() < 0 or p.max() > 1+1e-6: raise ValueError(f'probabilities from {p.min():.3g} to {p.max():.3g}')
-    if i.min() < 0 or j.max() >= n or not (i < j).all(): raise ValueError(f'pairs outside 1 ≤ i < j ≤ {n}')
-    if len(np.unique(i*n + j)) < len(i): raise ValueError('the same pair twice')
-    if (top := np.bincount(np.r_[i, j], np.r_[p, p]).max()) > 1+rounding:
-        raise ValueError(f'a nucleotide that is paired with probability {top:.4f}')
-    return i,j,p
-
-def _right(eng, pairs, n):
-    "Pairs that an engine has computed, checked; ValueError names the engine"
-    try: return check_pairs(*pairs, n, eng.rounding)
-    except ValueError as e: raise ValueError(f'{eng.name} {eng.version} returned {e}') from e
 
 # %% ../nbs/01_bpp.ipynb #4ade5f44
 PAIR = np.dtype([('gap','u1'),('p','<f2')])
