@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ETERNAFOLD', 'engines', 'PAIR', 'BPP_VERSION', 'contrafold_names', 'read_contrafold', 'native_params', 'log_weight',
-           'Weights', 'weights', 'Inside', 'Outside', 'Engine', 'Native', 'Vienna', 'Contrafold', 'Eternafold',
-           'Kaggle', 'engine', 'list_engines', 'check_pairs', 'pack', 'sparse', 'repair', 'fold_some', 'dense',
-           'store_key', 'store_folder', 'BppStore', 'plot_dots', 'plot_arcs', 'clean_sequences', 'clean_or_leave_out',
-           'is_fasta', 'fasta_records', 'fasta_tables', 'read_sequences', 'ribo_bpp']
+           'Weights', 'weights', 'Inside', 'Outside', 'check_pairs', 'Engine', 'Native', 'Vienna', 'Contrafold',
+           'Eternafold', 'Kaggle', 'engine', 'list_engines', 'pack', 'sparse', 'repair', 'fold_some', 'dense',
+           'store_key', 'store_folder', 'BppStore', 'plot_dots', 'plot_arcs', 'clean_sequences', 'read_sequences',
+           'ribo_bpp']
 
 # %% ../nbs/01_bpp.ipynb #b553f2c4
 import click,ctypes,hashlib,itertools,importlib.util,json,joblib,os,re,shutil,signal,subprocess,sys,tempfile,time,warnings,zlib
@@ -19,7 +19,6 @@ from io import FileIO
 from matplotlib.patches import Arc
 from multiprocessing.connection import Pipe
 from numba import njit
-from tqdm import tqdm
 from pathlib import Path
 from threading import Lock,Thread
 from torch import Tensor
@@ -113,7 +112,7 @@ def log_weight(
     v:dict, # from `read_contrafold`
 )->float: # natural logarithm of its weight; -inf when the model forbids it
     "CONTRAfold's score of one structure, term by term: the plain reference of what follows"
-    s,total,open_,inner = sequence,0.,[],[[]]
+    s,total,open_,inner = as_rna(sequence),0.,[],[[]]
     for j,c in enumerate(dot_bracket):
         if c == '(': open_.append(j); inner.append([])
         if c != ')': continue
@@ -178,11 +177,13 @@ def weights(
                    kernel=k, kernel_rev=np.ascontiguousarray(k[..., ::-1]), bulge=bulge, one_one=one_one,
                    free=np.exp([v[k] for k in _single]))
 
+@np.errstate(under='ignore')  # what is too small for a double is zero, also where the process wants an error
 def _scaled(w, n, scale):
     "The weights of a sequence of n nucleotides, each nucleotide's share divided by `scale`"
     l = np.arange(max(n, 1))
     w = w._replace(hairpin=w.hairpin[np.minimum(l, 30)])
     if scale == 1: return w
+    scale = np.float64(scale)
     k = scale**-(np.arange(31.)[:,None] + np.arange(32)).reshape(31, 4, 8)
     free = w.free*scale**-np.array([0, 0, 1., 0, 1])
     return w._replace(pair=w.pair*scale**-2., hairpin=w.hairpin*scale**-l.astype(float), kernel=w.kernel*k,
@@ -357,6 +358,30 @@ def _above(P, threshold):
             if P[a,b] > threshold: i[k],j[k],p[k] = a,b,P[a,b]; k += 1
     return i[:k].copy(),j[:k].copy(),p[:k].copy()
 
+# %% ../nbs/01_bpp.ipynb #6b71433a
+def check_pairs(
+    i:np.ndarray, # position of the left partner, from 0
+    j:np.ndarray, # and of the right one
+    p:np.ndarray, # probability
+    n:int, # nucleotides
+    rounding:float=1e-4, # by how much a nucleotide's sum may exceed 1
+)->tuple: # the same
+    "Raise ValueError unless these can be the pair probabilities of a sequence of n nucleotides"
+    if not len(i) == len(j) == len(p): raise ValueError(f'columns of {len(i)}, {len(j)} and {len(p)} values')
+    if not len(p): return i,j,p
+    if not np.isfinite(p).all(): raise ValueError('a probability that is not finite')
+    if p.min() < 0 or p.max() > 1+1e-6: raise ValueError(f'probabilities from {p.min():.3g} to {p.max():.3g}')
+    if i.min() < 0 or j.max() >= n or not (i < j).all(): raise ValueError(f'pairs outside 1 ≤ i < j ≤ {n}')
+    if len(np.unique(i*n + j)) < len(i): raise ValueError('the same pair twice')
+    if (top := np.bincount(np.r_[i, j], np.r_[p, p]).max()) > 1+rounding:
+        raise ValueError(f'a nucleotide that is paired with probability {top:.4f}')
+    return i,j,p
+
+def _right(eng, pairs, n):
+    "Pairs that an engine has computed, checked; ValueError names the engine"
+    try: return check_pairs(*pairs, n, eng.rounding)
+    except ValueError as e: raise ValueError(f'{eng.name} {eng.version} returned {e}') from e
+
 # %% ../nbs/01_bpp.ipynb #b1d1c878
 class Engine:
     "Computes base-pair probabilities; called with a sequence it returns them as an (l l) array, symmetric. Subclasses define `pairs`"
@@ -374,7 +399,7 @@ class Engine:
             except (ValueError, MemoryError) as e: yield f'{type(e).__name__}: {e}'
     def __call__(self, sequence:str)->np.ndarray: # (l l)
         out = np.zeros((len(sequence),)*2)
-        i,j,p = self.pairs(sequence)
+        i,j,p = _right(self, self.pairs(sequence), len(sequence))
         out[i,j] = out[j,i] = p
         return out
     def prepare(self): pass # called once before many sequences; ValueError when it will not work
@@ -384,12 +409,6 @@ class Engine:
     def seconds(n:int)->float: return 2e-6*n**2 # rough time for n nucleotides, to share the work
 
 # %% ../nbs/01_bpp.ipynb #dea6ba1d
-def _is_compiled()->bool:
-    "Has this process, or an earlier one whose work Numba has kept, compiled the engine?"
-    if not hasattr(_outside, 'stats') or _outside.signatures: return True  # without a compiler, or done already
-    kept = Path(_outside.stats.cache_path).glob('*._outside-*.nbi')
-    return any(f.stat().st_mtime > Path(__file__).stat().st_mtime for f in kept)  # older ones are for other code
-
 class Native(Engine):
     "CONTRAfold's partition function, compiled; `params` is a file in CONTRAfold's format, default `native_params()`"
     name,licence,version,install = 'native','Apache-2.0; parameters: BSD','1','part of ribo_nb'
@@ -400,11 +419,7 @@ class Native(Engine):
     def where(cls): return f'ribo_nb, parameters {native_params()}'
     @staticmethod
     def seconds(n): return 2.5e-3*(n/177)**2.7
-    def prepare(self):
-        "Compile, so that children need not; the first time on a machine that takes a while"
-        if not _is_compiled():
-            tqdm.write('compiling the folding engine: about half a minute, once on this machine', file=sys.stderr)
-        self.pairs('GGGAAAACCC')
+    def prepare(self): self.pairs('GGGAAAACCC')  # compiles, so that children need not
 
     def pairs(self, sequence, threshold=0.):
         s = encode(sequence).astype(np.int64) - 1
@@ -423,18 +438,16 @@ class Native(Engine):
         return _above(np.minimum(P, 1), threshold)
 
 # %% ../nbs/01_bpp.ipynb #1cac2b39
-_vienna_params = []  # the one parameter set of this process, once an engine has folded with it
-
 class Vienna(Engine):
     "ViennaRNA's partition function; `params` is a ViennaRNA .par file"
     name,licence,install = 'vienna','ViennaRNA licence (free, see its COPYING)','pip install ViennaRNA'
     def __init__(self, params=None):
         super().__init__(params)
-        import RNA
-        self.version = RNA.__version__
+        self.version,self.text = vienna().__version__,''
         if params:
-            with readable(params, 'a ViennaRNA parameter file (.par)') as p: head = p.read_bytes()[:29]
-            if head != b'## RNAfold parameter file v2.':
+            with readable(params, 'a ViennaRNA parameter file (.par)') as p:
+                self.text = p.read_text(encoding='utf-8')
+            if not self.text.startswith('## RNAfold parameter file v2.'):
                 raise ValueError(f"{params}: does not begin with '## RNAfold parameter file v2.0': give a ViennaRNA "
                                  f".par file, or none for Turner 2004")
     @classmethod
@@ -444,21 +457,12 @@ class Vienna(Engine):
         return RNA.__file__
     @staticmethod
     def seconds(n): return 60e-3*(n/177)**2.2
-    def _load(self, RNA):
-        if not _vienna_params:
-            if self.params and not RNA.params_load(self.params):
-                raise ValueError(f"{self.params}: ViennaRNA cannot read this parameter file")
-            _vienna_params.append(self.params)
-        if _vienna_params[0] != self.params:
-            raise ValueError(f"this process folds with ViennaRNA parameters {_vienna_params[0] or 'default'} and "
-                             f"cannot change to {self.params or 'default'}: start a new process")
+    def prepare(self): self.pairs('GGGAAAACCC')  # the energies, once for all children
+
     def pairs(self, sequence, threshold=0.):
-        import RNA
-        self._load(RNA)
-        if len(sequence) < 5: return np.empty(0, int),np.empty(0, int),np.empty(0)
-        fc = RNA.fold_compound(sequence)
-        if len(sequence) > 1000: fc.exp_params_rescale(fc.mfe()[1])  # keeps the partition function of a long RNA inside a double
-        fc.pf()
+        fc = vienna_compound(sequence, self.text)
+        if fc.length < 5: return np.empty(0, int),np.empty(0, int),np.empty(0)
+        if fc.length > 1000 or not _summed(fc): _summed_at_scale(fc)
         return _vienna_pairs(fc, threshold)
 
 # %% ../nbs/01_bpp.ipynb #36ca86a5
@@ -466,22 +470,56 @@ class _VarArray(ctypes.Structure):
     "How ViennaRNA 2.7's Python module describes an array"
     _fields_ = [('length',ctypes.c_size_t),('data',ctypes.POINTER(ctypes.c_double)),('type',ctypes.c_uint)]
 
+def _triangle(array, n):
+    "The numbers of a triangular array of ViennaRNA: straight from its memory, or one by one where that looks different"
+    a,size = _VarArray.from_address(int(array.this)),n*(n+1)//2 + 1
+    if a.length == n and a.data:
+        flat = np.ctypeslib.as_array(a.data, (size,))
+        if all(flat[k] == array[k] or flat[k] != flat[k] for k in (1, n, size//2, size-1)): return flat
+    return np.array([array[k] for k in range(size)])
+
 def _vienna_pairs(fc, threshold):
-    "Pairs of a folded compound: straight from ViennaRNA's memory, or through its list of pairs where that looks different"
-    n,probs = fc.length,fc.exp_matrices.probs
-    a = _VarArray.from_address(int(probs.this))
-    if a.length != n or not a.data: return _vienna_list(fc, threshold)
-    flat = np.ctypeslib.as_array(a.data, (n*(n+1)//2 + 1,))
-    if any(flat[k] != probs[k] for k in (1, n, n*(n+1)//4, n*(n+1)//2)): return _vienna_list(fc, threshold)
+    "Pairs of a folded compound"
+    n = fc.length
+    flat = _triangle(fc.exp_matrices.probs, n)
     at = np.flatnonzero(flat > threshold)  # pair (i, j), counted from 1, is at (n+1-i)(n-i)/2 + n+1-j
     first = np.arange(n)[::-1]*np.arange(1, n+1)[::-1]//2 + 1  # where row i begins: j = n
     i = n - np.searchsorted(first[::-1], at, side='right')
     return i,n-1 - (at-first[i]),flat[at]
 
-def _vienna_list(fc, threshold):
-    pairs = [(x.i-1, x.j-1, x.p) for x in fc.plist_from_probs(max(threshold, 1e-12)) if x.type == 0]
-    i,j,p = np.array(pairs or np.empty((0, 3))).T
-    return i.astype(int),j.astype(int),p
+# %% ../nbs/01_bpp.ipynb #1406956d
+def _summed(
+    fc, # RNA.fold_compound
+    *energy, # kcal/mol that the factor per nucleotide is taken from; default: guessed
+)->bool:
+    "Compute pair probabilities; whether no sum over structures that matters has left a double's range"
+    fc.exp_params_rescale(*energy)
+    total = fc.pf()[1]
+    # ViennaRNA's answers to an overflow are inf, NaN and +100000 kcal/mol
+    if not total < 1e4:
+        return False
+    sums = _triangle(fc.exp_matrices.q, fc.length)[1:]
+    if not sums.max() < 1e290:
+        return False
+    return bool(sums.min() > 1e-290) or _explained(fc, total)
+
+def _explained(fc, total):
+    "Whether the best structure dominates (1 % or more), and each of its pairs is at least as probable as it is"
+    i,j,p = _vienna_pairs(fc, 1e-3)
+    if np.bincount(np.r_[i, j], np.r_[p, p], 1).max() > 1 + 1e-4:
+        return False
+    best,energy = fc.mfe()
+    share = np.exp((total - energy)/(fc.exp_params.kT/1000))
+    known = dict(zip(zip(i.tolist(), j.tolist(), strict=True), p.tolist(), strict=True))
+    partner = [k-1 for k in vienna().ptable(best)[1:]]
+    return share > .01 and all(known.get((a, b), 0.) > .9*share for a,b in enumerate(partner) if b > a)
+
+def _summed_at_scale(fc):
+    "The same with factors from the minimum free energy; ValueError when none of them fits"
+    energy = fc.mfe()[1]
+    if not any(_summed(fc, share*energy) for share in (1, .93, .86, 1.07)):
+        raise ValueError(f"ViennaRNA's sums over the structures of {fc.sequence[:20]}… ({fc.length} nt) span more than "
+                         f"a double can hold: fold it with another engine, such as native")
 
 # %% ../nbs/01_bpp.ipynb #b50c50f2
 def _posteriors(path, n):
@@ -519,7 +557,7 @@ class Contrafold(Engine):
     def _call(self, sequences, threshold, limit):
         with tempfile.TemporaryDirectory(prefix='ribo_bpp_') as d:
             d = Path(d)
-            for k,s in enumerate(sequences): (d/f's{k:03}.fa').write_text(f'>s{k}\n{s}\n')
+            for k,s in enumerate(sequences): (d/f's{k:03}.fa').write_text(f'>s{k}\n{as_rna(s)}\n')
             out = d/'out' if len(sequences) > 1 else d/'s000.out'
             if len(sequences) > 1: out.mkdir()
             cmd = [self.binary, 'predict', *sorted(map(str, d.glob('*.fa'))), *(['--params', self.params] if self.params else []),
@@ -555,6 +593,33 @@ class Eternafold(Contrafold):
         params = params or native_params()
         super().__init__(ETERNAFOLD if Path(params).name == 'contrafold.params.complementary' else params)
 
+# %% ../nbs/01_bpp.ipynb #8c063c6f
+def _kaggle_pairs(path, n, threshold):
+    "i, j, p of one of Kaggle's BPP text files; ValueError names file, line and what is wrong"
+    with readable(path, "lines `i j p`, Kaggle's base-pair probabilities") as p:
+        lines = p.read_text(encoding='utf-8').splitlines()
+    # some files end in a line that is none: blank, or `None`
+    while lines and lines[-1].strip() in ('', 'None', 'nan'):
+        lines.pop()
+    if not lines:
+        raise ValueError(f'{path}: no line `i j p` in it: the file is damaged or cut short, download it again')
+    pairs = []
+    for k,line in enumerate(lines, 1):
+        m = re.fullmatch(r'\s*(\d+)\s+(\d+)\s+(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*', line)
+        if not m:
+            raise ValueError(f'{path}, line {k}: expected `i j p`, found {line[:40]!r}: the file is damaged or cut '
+                             f'short, download it again')
+        i,j,probability = int(m[1]),int(m[2]),float(m[3])
+        if not (1 <= i <= n and 1 <= j <= n and i != j):
+            raise ValueError(f'{path}, line {k}: pairs positions {i} and {j} of an RNA of {n} nt: this is the file of '
+                             f'another RNA')
+        if probability > 1 + 1e-6:
+            raise ValueError(f'{path}, line {k}: a probability of {m[3]}, expected 0 to 1')
+        if probability > threshold:
+            pairs.append((min(i, j) - 1, max(i, j) - 1, probability))
+    i,j,p = np.array(pairs or np.empty((0, 3))).T
+    return i.astype(int),j.astype(int),p
+
 # %% ../nbs/01_bpp.ipynb #686f6947
 class Kaggle(Engine):
     "Kaggle's BPP text files; `params` is their folder (Ribonanza_bpp_files, or any that holds ID.txt)"
@@ -571,22 +636,13 @@ class Kaggle(Engine):
     def seconds(n): return 1e-3
 
     def pairs(self, sequence, threshold=0.):
-        name = sequence_id(sequence)
+        name = sequence_id(as_rna(sequence))
         places = [Path(self.params)/sub/f'{name}.txt'
                   for sub in ('', f'{name[0]}/{name[1]}/{name[2]}', f'extra_data/{name[0]}/{name[1]}/{name[2]}')]
         path = next((p for p in places if p.exists()), None)
         if not path:
             raise ValueError(f'{places[0]}: no such file, nor below {self.params}/{name[0]}/{name[1]}/{name[2]}')
-        lines = [x.split() for x in path.read_text().splitlines()]
-        good = [len(x) == 3 and x[0].isdigit() and x[1].isdigit() and re.fullmatch(r'[\d.eE+-]+', x[2]) is not None
-                for x in lines]
-        end = max((k for k,g in enumerate(good, 1) if g), default=0)
-        if not all(good[:end]):
-            raise ValueError(f'{path}, line {good.index(False)+1}: expected `i j p`, found '
-                             f'{" ".join(lines[good.index(False)])[:40]!r}')
-        i,j,p = np.array([[float(x) for x in line] for line in lines[:end]] or np.empty((0, 3))).T
-        keep = p > threshold
-        return np.minimum(i, j).astype(int)[keep]-1,np.maximum(i, j).astype(int)[keep]-1,p[keep]
+        return _kaggle_pairs(path, len(sequence), threshold)
 
 # %% ../nbs/01_bpp.ipynb #e6cc959c
 engines = {e.name: e for e in (Native, Vienna, Eternafold, Contrafold, Kaggle)}
@@ -609,25 +665,6 @@ def list_engines()->pd.DataFrame:
         except ValueError as x: found = f'not usable: {x}'  # a binary without parameters, a folder that is none
         rows.append(dict(engine=e.name, version=version, licence=e.licence, found=found))
     return pd.DataFrame(rows).set_index('engine')
-
-# %% ../nbs/01_bpp.ipynb #6b71433a
-def check_pairs(
-    i:np.ndarray, # position of the left partner, from 0
-    j:np.ndarray, # and of the right one
-    p:np.ndarray, # probability
-    n:int, # nucleotides
-    rounding:float=1e-4, # by how much a nucleotide's sum may exceed 1
-)->tuple: # the same
-    "Raise ValueError unless these can be the pair probabilities of a sequence of n nucleotides"
-    if not len(i) == len(j) == len(p): raise ValueError(f'columns of {len(i)}, {len(j)} and {len(p)} values')
-    if not len(p): return i,j,p
-    if not np.isfinite(p).all(): raise ValueError('a probability that is not finite')
-    if p.min() < 0 or p.max() > 1+1e-6: raise ValueError(f'probabilities from {p.min():.3g} to {p.max():.3g}')
-    if i.min() < 0 or j.max() >= n or not (i < j).all(): raise ValueError(f'pairs outside 1 ≤ i < j ≤ {n}')
-    if len(np.unique(i*n + j)) < len(i): raise ValueError('the same pair twice')
-    if (top := np.bincount(np.r_[i, j], np.r_[p, p]).max()) > 1+rounding:
-        raise ValueError(f'a nucleotide that is paired with probability {top:.4f}')
-    return i,j,p
 
 # %% ../nbs/01_bpp.ipynb #4ade5f44
 PAIR = np.dtype([('gap','u1'),('p','<f2')])
@@ -670,9 +707,7 @@ def sparse(
     "Checked pairs of one sequence as they are stored"
     return _checked(eng.pairs(sequence, threshold), sequence, eng)
 
-def _checked(pairs, sequence, eng):
-    try: return pack(*check_pairs(*pairs, len(sequence), eng.rounding), len(sequence))
-    except ValueError as e: raise ValueError(f'{eng.name} {eng.version} returned {e}') from e
+def _checked(pairs, sequence, eng): return pack(*_right(eng, pairs, len(sequence)), len(sequence))
 
 # %% ../nbs/01_bpp.ipynb #ee360bac
 BPP_VERSION = 2
@@ -879,7 +914,7 @@ def dense(
     i,j = _cells(flat['gap'], np.r_[0, np.cumsum(n)], length, turn)
     b,i,j,p = (torch.from_numpy(x).to(device)
                for x in (np.repeat(np.arange(len(rows)), n), i, j, flat['p'].astype(np.float32)))
-    out = torch.zeros(len(rows), *[int(length.max(initial=0))]*2, device=device)
+    out = torch.zeros(len(rows), *[int(length.max(initial=0))]*2, dtype=torch.float32, device=device)
     if out.device.type == 'cpu': _scatter(out.numpy(), b.numpy(), i.numpy(), j.numpy(), p.numpy())
     else: out[b,i,j] = out[b,j,i] = p
     return out
@@ -909,6 +944,7 @@ class BppStore:
     def __len__(self): return len(self.files.lines)
 
     def rows(self, sequences)->np.ndarray: # line of each sequence, -1 where it is missing
+        sequences = [as_rna(s) for s in sequences]
         if self.index[0] != len(self):
             lines = np.array(self.files.lines['hash'])
             first = lines.view('<u8')[::2]
@@ -921,7 +957,7 @@ class BppStore:
         return np.where(hashes[at] == want, order[at], -1)
 
     def missing(self, sequences):
-        seqs = list(dict.fromkeys(sequences))
+        seqs = list(dict.fromkeys(map(as_rna, sequences)))
         return [s for s,r in zip(seqs, self.rows(seqs), strict=True) if r < 0]
 
     def fill(self,
@@ -954,7 +990,6 @@ class BppStore:
         device='cpu',
     )->Tensor: # (b l l), float32, padded with zeros to the longest
         "Dense, symmetric BPPs of a batch; ValueError for a sequence that is missing or a record that is damaged"
-        if not len(sequences): return torch.zeros(0, 0, 0, device=device)
         rows = self.rows(sequences)
         if (rows < 0).any() and len(self.files.refresh()): rows = self.rows(sequences)  # another process may have added them
         if (rows < 0).any():
@@ -1003,7 +1038,7 @@ def plot_arcs(
         ax.add_patch(Arc(((i+j)/2+1, 0), j-i, j-i, theta1=0, theta2=180, color='#30507a', alpha=float(bpp[i,j]),
                          lw=1.3))
     ax.set(xlim=(.3, n+.7), ylim=(0, max(4, (pairs[:,1]-pairs[:,0]).max(initial=4)/2*1.05))); ax.axis('off')
-    ax.set_title(wrapped(title, fig.get_figwidth()), fontsize=10)
+    ax.set_title(title, fontsize=10)
     if react is not None:
         color = np.ma.masked_invalid(np.asarray(react, float)[:,0])
         ax.scatter(np.arange(1, n+1), np.zeros(n), c=color, cmap=plt.get_cmap('YlOrRd').with_extremes(bad='.9'), vmin=0, vmax=1, s=14, ec='.5', lw=.3,
@@ -1031,104 +1066,17 @@ def clean_sequences(
     for k,s in enumerate(sequences):
         try:
             if not isinstance(s, str) or not s: raise ValueError('there is no sequence: fill it in or remove it')
-            out.append(decode(encode(s)))
+            out.append(as_rna(s))
         except ValueError as e:
             raise ValueError(f"{path}, {what} {first+k+1}{f' ({names[k]})' if names is not None else ''}: {e}") from e
     return out
 
-# %% ../nbs/01_bpp.ipynb #5e0c23b1
-def clean_or_leave_out(
-    sequences:list, # strings from a file
-    names:list, # of each, '' where it has none
-    first:int, # how many came before, in the file
-    left_out:LeftOut,
-)->list: # as `clean_sequences`, with None for what is left out
-    "Clean sequences of a file; the first that is not an RNA raises ValueError or, if that is wanted, all such are left out"
-    path,what = left_out.path,left_out.what
-    try: return clean_sequences(sequences, path, what, names, first)  # all at once, which is the usual case
-    except ValueError: out = []  # one by one then
-    for number,(name,sequence) in enumerate(zip(names, sequences, strict=True), first+1):
-        try: out += clean_sequences([sequence], path, what, [name], number-1)
-        except ValueError as e:
-            left_out.add(number, name, str(e).removeprefix(f'{path}, {what} {number} ({name}): '))
-            out.append(None)
-    return out
-
-# %% ../nbs/01_bpp.ipynb #5e0c23b3
-_tables = '.csv','.tsv','.parquet','.pq'
-_fastas = '.fa','.fasta','.fas','.fna','.ffn','.frn'
-
-def is_fasta(path)->bool:
-    "Is a file FASTA, by its name or, where that says nothing, by its first letter?"
-    name = re.sub(r'\.(gz|bz2|xz|zip)$', '', Path(path).name.lower())
-    if name.endswith(_tables + _fastas): return name.endswith(_fastas)
-    try:
-        with open_text(path) as f: return f.read(1<<12).lstrip()[:1] in ('>', ';')
-    except (OSError, EOFError, ValueError, zlib.error): return False
-
-def _fasta_lines(f, longest=1<<16):
-    "(number of the line, letters) of a text file without blank lines and comments; a long line comes in pieces"
-    number,begins,comment = 0,True,False
-    for piece in iter(lambda: f.readline(longest), ''):
-        number += begins
-        text = piece.strip()
-        if begins: comment = text.startswith(';')
-        begins = piece.endswith('\n')
-        if text and not comment: yield number,text
-
-def fasta_records(
-    path,
-    most:int, # nucleotides; longer ones come without their letters
-): # yields name ('' where there is none), sequence, nucleotides
-    "The records of a FASTA file; ValueError when it is none"
-    name,parts,size = None,[],0
-    with open_text(path) as f:
-        for number,text in _fasta_lines(f):
-            if text[0] == '>':
-                if name is not None: yield name,''.join(parts),size
-                name,parts,size = ''.join(text[1:].split()[:1]),[],0
-                continue
-            if name is None: raise ValueError(f"{path}, line {number}: found {text[:20]!r}, expected '>name': is this FASTA?")
-            letters = ''.join(text.split())
-            size += len(letters)
-            if size <= most: parts.append(letters)
-            else: parts = []
-    if name is None: raise ValueError(f"{path}: no records: expected lines of '>name' and sequence")
-    yield name,''.join(parts),size
-
-# %% ../nbs/01_bpp.ipynb #5e0c23b4
-def fasta_tables(
-    path,
-    left_out:LeftOut, # gets what is no RNA, or too long
-    most:int=100_000, # nucleotides
-    size:int=4096, # records in a table
-): # yields DataFrames of name and sequence, indexed by record, 0 is the first
-    "A FASTA file in pieces; ValueError names file, record and remedy"
-    records,first = fasta_records(path, most),0
-    while part := list(itertools.islice(records, size)):
-        t = pd.DataFrame(part, columns=['name', 'sequence', 'nt'], index=range(first, first+len(part)))
-        first += len(part)
-        for k in t.index[t.nt > most]:
-            left_out.add(k+1, t.name[k], f"{t.nt[k]:,} nt, at most {most:,} can be taken at once: cut it into overlapping windows")
-            t.loc[k, 'sequence'] = 'A'  # it goes no further
-        t['sequence'] = clean_or_leave_out(t.sequence.tolist(), t.name.tolist(), int(t.index[0]), left_out)
-        yield t.loc[t.sequence.notna() & (t.nt <= most), ['name', 'sequence']]
-
-# %% ../nbs/01_bpp.ipynb #5e0c23b5
 def read_sequences(
-    path, # FASTA, or CSV or Parquet with a column `sequence`: a store, a raw table, a test set
-    left_out:LeftOut|None=None, # gets what is no RNA; default: the first such raises
+    path, # CSV or Parquet with a column `sequence`: a store, a raw table, a test set
 )->list:
-    "The distinct sequences of a file; ValueError when there are none, or a letter is not a nucleotide"
-    left_out = left_out or LeftOut(path, what='record' if is_fasta(path) else 'row')
-    if is_fasta(path):
-        with readable(path, "FASTA, lines of '>name' and sequence"):
-            seqs = [s for t in fasta_tables(path, left_out) for s in t.sequence]
-    else:
-        seqs = read_table(path, ['sequence']).sequence.tolist()
-        seqs = [s for s in clean_or_leave_out(seqs, ['']*len(seqs), 0, left_out) if s]
-    if not seqs and left_out.rows: raise left_out.nothing_left()
-    return list(dict.fromkeys(seqs))
+    "The distinct sequences of a table; ValueError when there are none, or a letter is not a nucleotide"
+    seqs = read_table(path, ['sequence']).sequence.tolist()
+    return list(dict.fromkeys(clean_sequences(seqs, path)))
 
 # %% ../nbs/01_bpp.ipynb #bea71df3
 @command()
@@ -1146,24 +1094,16 @@ def read_sequences(
               help='List the engines: version, licence, where found or how to install.')
 @click.option('--repair', 'mend', is_flag=True,
               help='First drop the damaged records of the store; they are folded again.')
-@click.option('--skip-bad', is_flag=True, help='Leave out what is no RNA or cannot be folded, instead of stopping, and list it in OUT/TABLE.skipped.csv.')
-def ribo_bpp(table, out, name, params, threshold, jobs, limit, show, mend, skip_bad):
-    "Fold every sequence of TABLE (FASTA, a store, or any CSV or Parquet with a column `sequence`) that the BPP store lacks."
+def ribo_bpp(table, out, name, params, threshold, jobs, limit, show, mend):
+    "Fold every sequence of TABLE (a store, or any CSV or Parquet with a column `sequence`) that the BPP store lacks."
     if show: click.echo(list_engines().to_string()); return
     if not jobs: raise click.BadParameter('0 processes fold nothing: 1 or more, or -1 for one per core', param_hint='--jobs')
     if table is None: raise click.UsageError('Give TABLE, whose sequences are to be folded, or --engines.')
-    out = out or datamount()/'bpp'
-    left_out = LeftOut(table, skip_bad, 'record' if is_fasta(table) else 'row')
-    seqs,eng = read_sequences(table, left_out),engine(name, params)
-    folder = store_folder(out, eng, threshold)
-    if mend and folder.exists(): click.echo(f'{shown(folder)}: {repair(folder)} damaged records dropped')
-    bpps = BppStore(out, eng, threshold)
-    todo = len(bpps.missing(seqs))
+    seqs,eng = read_sequences(table),engine(name, params)
+    folder = store_folder(out or datamount()/'bpp', eng, threshold)
+    if mend and folder.exists(): click.echo(f'{folder}: {repair(folder)} damaged records dropped')
+    bpps = BppStore(out or datamount()/'bpp', eng, threshold)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is folded gets stored on the way out
-    try: bpps.fill(seqs, jobs, limit)
-    except ValueError:
-        if not skip_bad or not bpps.failed: raise
+    try: n = bpps.fill(seqs, jobs, limit)
     finally: signal.signal(signal.SIGTERM, before)
-    for sequence,why in bpps.failed.items(): left_out.add('', sequence, why)
-    click.echo(f'{shown(bpps.folder)}: {todo-len(bpps.failed)} sequences folded, {len(seqs)-todo} were there')
-    if text := left_out.report(out/table.name): click.echo(text, err=True)
+    click.echo(f'{bpps.folder}: {n} sequences folded, {len(seqs)-n} were there')

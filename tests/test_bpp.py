@@ -49,11 +49,6 @@ def test_native_at_all_lengths():
         assert b.shape == (n, n) and (b == b.T).all() and b.min() >= 0 and b.sum(1).max(initial=0) <= 1+1e-9
     assert fold('gggaaaaccct'.upper()).sum() > 0
 
-def test_vienna_keeps_its_parameters_apart(tmp_path):
-    (tmp_path/'p.par').write_text('## RNAfold parameter file v2.0\n')
-    engine('vienna')('GGGAAAACCC')
-    with pytest.raises(ValueError, match='start a new process'): engine('vienna', tmp_path/'p.par')('GGGAAAACCC')
-
 def test_killed_again_and_again(mount, tmp_path):
     "SIGKILL at random moments, SIGTERM once: the store ends up as the uninterrupted one, record for record"
     kill_and_compare(mount/'store.parquet', tmp_path, 3, (3.5, 7), '--jobs', 2)
