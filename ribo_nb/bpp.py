@@ -6,8 +6,8 @@
 __all__ = ['ETERNAFOLD', 'engines', 'PAIR', 'BPP_VERSION', 'contrafold_names', 'read_contrafold', 'native_params', 'log_weight',
            'Weights', 'weights', 'Inside', 'Outside', 'check_pairs', 'Engine', 'Native', 'Vienna', 'Contrafold',
            'Eternafold', 'Kaggle', 'engine', 'list_engines', 'pack', 'sparse', 'repair', 'fold_some', 'dense',
-           'store_key', 'store_folder', 'BppStore', 'plot_dots', 'plot_arcs', 'clean_sequences', 'read_sequences',
-           'ribo_bpp']
+           'store_key', 'store_folder', 'BppStore', 'plot_dots', 'plot_arcs', 'clean_sequences', 'clean_or_leave_out',
+           'is_fasta', 'fasta_records', 'fasta_tables', 'read_sequences', 'ribo_bpp']
 
 # %% ../nbs/01_bpp.ipynb #b553f2c4
 import click,ctypes,hashlib,itertools,importlib.util,json,joblib,os,re,shutil,signal,subprocess,sys,tempfile,time,warnings,zlib
@@ -19,6 +19,7 @@ from io import FileIO
 from matplotlib.patches import Arc
 from multiprocessing.connection import Pipe
 from numba import njit
+from tqdm import tqdm
 from pathlib import Path
 from threading import Lock,Thread
 from torch import Tensor
@@ -409,6 +410,12 @@ class Engine:
     def seconds(n:int)->float: return 2e-6*n**2 # rough time for n nucleotides, to share the work
 
 # %% ../nbs/01_bpp.ipynb #dea6ba1d
+def _is_compiled()->bool:
+    "Has this process, or an earlier one whose work Numba has kept, compiled the engine?"
+    if not hasattr(_outside, 'stats') or _outside.signatures: return True  # without a compiler, or done already
+    kept = Path(_outside.stats.cache_path).glob('*._outside-*.nbi')
+    return any(f.stat().st_mtime > Path(__file__).stat().st_mtime for f in kept)  # older ones are for other code
+
 class Native(Engine):
     "CONTRAfold's partition function, compiled; `params` is a file in CONTRAfold's format, default `native_params()`"
     name,licence,version,install = 'native','Apache-2.0; parameters: BSD','1','part of ribo_nb'
@@ -419,7 +426,11 @@ class Native(Engine):
     def where(cls): return f'ribo_nb, parameters {native_params()}'
     @staticmethod
     def seconds(n): return 2.5e-3*(n/177)**2.7
-    def prepare(self): self.pairs('GGGAAAACCC')  # compiles, so that children need not
+    def prepare(self):
+        "Compile, so that children need not; the first time on a machine that takes a while"
+        if not _is_compiled():
+            tqdm.write('compiling the folding engine: about half a minute, once on this machine', file=sys.stderr)
+        self.pairs('GGGAAAACCC')
 
     def pairs(self, sequence, threshold=0.):
         s = encode(sequence).astype(np.int64) - 1
@@ -990,6 +1001,7 @@ class BppStore:
         device='cpu',
     )->Tensor: # (b l l), float32, padded with zeros to the longest
         "Dense, symmetric BPPs of a batch; ValueError for a sequence that is missing or a record that is damaged"
+        if not len(sequences): return torch.zeros(0, 0, 0, device=device)
         rows = self.rows(sequences)
         if (rows < 0).any() and len(self.files.refresh()): rows = self.rows(sequences)  # another process may have added them
         if (rows < 0).any():
@@ -1038,7 +1050,7 @@ def plot_arcs(
         ax.add_patch(Arc(((i+j)/2+1, 0), j-i, j-i, theta1=0, theta2=180, color='#30507a', alpha=float(bpp[i,j]),
                          lw=1.3))
     ax.set(xlim=(.3, n+.7), ylim=(0, max(4, (pairs[:,1]-pairs[:,0]).max(initial=4)/2*1.05))); ax.axis('off')
-    ax.set_title(title, fontsize=10)
+    ax.set_title(wrapped(title, fig.get_figwidth()), fontsize=10)
     if react is not None:
         color = np.ma.masked_invalid(np.asarray(react, float)[:,0])
         ax.scatter(np.arange(1, n+1), np.zeros(n), c=color, cmap=plt.get_cmap('YlOrRd').with_extremes(bad='.9'), vmin=0, vmax=1, s=14, ec='.5', lw=.3,
@@ -1071,12 +1083,99 @@ def clean_sequences(
             raise ValueError(f"{path}, {what} {first+k+1}{f' ({names[k]})' if names is not None else ''}: {e}") from e
     return out
 
+# %% ../nbs/01_bpp.ipynb #5e0c23b1
+def clean_or_leave_out(
+    sequences:list, # strings from a file
+    names:list, # of each, '' where it has none
+    first:int, # how many came before, in the file
+    left_out:LeftOut,
+)->list: # as `clean_sequences`, with None for what is left out
+    "Clean sequences of a file; the first that is not an RNA raises ValueError or, if that is wanted, all such are left out"
+    path,what = left_out.path,left_out.what
+    try: return clean_sequences(sequences, path, what, names, first)  # all at once, which is the usual case
+    except ValueError: out = []  # one by one then
+    for number,(name,sequence) in enumerate(zip(names, sequences, strict=True), first+1):
+        try: out += clean_sequences([sequence], path, what, [name], number-1)
+        except ValueError as e:
+            left_out.add(number, name, str(e).removeprefix(f'{path}, {what} {number} ({name}): '))
+            out.append(None)
+    return out
+
+# %% ../nbs/01_bpp.ipynb #5e0c23b3
+_tables = '.csv','.tsv','.parquet','.pq'
+_fastas = '.fa','.fasta','.fas','.fna','.ffn','.frn'
+
+def is_fasta(path)->bool:
+    "Is a file FASTA, by its name or, where that says nothing, by its first letter?"
+    name = re.sub(r'\.(gz|bz2|xz|zip)$', '', Path(path).name.lower())
+    if name.endswith(_tables + _fastas): return name.endswith(_fastas)
+    try:
+        with open_text(path) as f: return f.read(1<<12).lstrip()[:1] in ('>', ';')
+    except (OSError, EOFError, ValueError, zlib.error): return False
+
+def _fasta_lines(f, longest=1<<16):
+    "(number of the line, letters) of a text file without blank lines and comments; a long line comes in pieces"
+    number,begins,comment = 0,True,False
+    for piece in iter(lambda: f.readline(longest), ''):
+        number += begins
+        text = piece.strip()
+        if begins: comment = text.startswith(';')
+        begins = piece.endswith('\n')
+        if text and not comment: yield number,text
+
+def fasta_records(
+    path,
+    most:int, # nucleotides; longer ones come without their letters
+): # yields name ('' where there is none), sequence, nucleotides
+    "The records of a FASTA file; ValueError when it is none"
+    name,parts,size = None,[],0
+    with open_text(path) as f:
+        for number,text in _fasta_lines(f):
+            if text[0] == '>':
+                if name is not None: yield name,''.join(parts),size
+                name,parts,size = ''.join(text[1:].split()[:1]),[],0
+                continue
+            if name is None: raise ValueError(f"{path}, line {number}: found {text[:20]!r}, expected '>name': is this FASTA?")
+            letters = ''.join(text.split())
+            size += len(letters)
+            if size <= most: parts.append(letters)
+            else: parts = []
+    if name is None: raise ValueError(f"{path}: no records: expected lines of '>name' and sequence")
+    yield name,''.join(parts),size
+
+# %% ../nbs/01_bpp.ipynb #5e0c23b4
+def fasta_tables(
+    path,
+    left_out:LeftOut, # gets what is no RNA, or too long
+    most:int=100_000, # nucleotides
+    size:int=4096, # records in a table
+): # yields DataFrames of name and sequence, indexed by record, 0 is the first
+    "A FASTA file in pieces; ValueError names file, record and remedy"
+    records,first = fasta_records(path, most),0
+    while part := list(itertools.islice(records, size)):
+        t = pd.DataFrame(part, columns=['name', 'sequence', 'nt'], index=range(first, first+len(part)))
+        first += len(part)
+        for k in t.index[t.nt > most]:
+            left_out.add(k+1, t.name[k], f"{t.nt[k]:,} nt, at most {most:,} can be taken at once: cut it into overlapping windows")
+            t.loc[k, 'sequence'] = 'A'  # it goes no further
+        t['sequence'] = clean_or_leave_out(t.sequence.tolist(), t.name.tolist(), int(t.index[0]), left_out)
+        yield t.loc[t.sequence.notna() & (t.nt <= most), ['name', 'sequence']]
+
+# %% ../nbs/01_bpp.ipynb #5e0c23b5
 def read_sequences(
-    path, # CSV or Parquet with a column `sequence`: a store, a raw table, a test set
+    path, # FASTA, or CSV or Parquet with a column `sequence`: a store, a raw table, a test set
+    left_out:LeftOut|None=None, # gets what is no RNA; default: the first such raises
 )->list:
-    "The distinct sequences of a table; ValueError when there are none, or a letter is not a nucleotide"
-    seqs = read_table(path, ['sequence']).sequence.tolist()
-    return list(dict.fromkeys(clean_sequences(seqs, path)))
+    "The distinct sequences of a file; ValueError when there are none, or a letter is not a nucleotide"
+    left_out = left_out or LeftOut(path, what='record' if is_fasta(path) else 'row')
+    if is_fasta(path):
+        with readable(path, "FASTA, lines of '>name' and sequence"):
+            seqs = [s for t in fasta_tables(path, left_out) for s in t.sequence]
+    else:
+        seqs = read_table(path, ['sequence']).sequence.tolist()
+        seqs = [s for s in clean_or_leave_out(seqs, ['']*len(seqs), 0, left_out) if s]
+    if not seqs and left_out.rows: raise left_out.nothing_left()
+    return list(dict.fromkeys(seqs))
 
 # %% ../nbs/01_bpp.ipynb #bea71df3
 @command()
@@ -1094,16 +1193,24 @@ def read_sequences(
               help='List the engines: version, licence, where found or how to install.')
 @click.option('--repair', 'mend', is_flag=True,
               help='First drop the damaged records of the store; they are folded again.')
-def ribo_bpp(table, out, name, params, threshold, jobs, limit, show, mend):
-    "Fold every sequence of TABLE (a store, or any CSV or Parquet with a column `sequence`) that the BPP store lacks."
+@click.option('--skip-bad', is_flag=True, help='Leave out what is no RNA or cannot be folded, instead of stopping, and list it in OUT/TABLE.skipped.csv.')
+def ribo_bpp(table, out, name, params, threshold, jobs, limit, show, mend, skip_bad):
+    "Fold every sequence of TABLE (FASTA, a store, or any CSV or Parquet with a column `sequence`) that the BPP store lacks."
     if show: click.echo(list_engines().to_string()); return
     if not jobs: raise click.BadParameter('0 processes fold nothing: 1 or more, or -1 for one per core', param_hint='--jobs')
     if table is None: raise click.UsageError('Give TABLE, whose sequences are to be folded, or --engines.')
-    seqs,eng = read_sequences(table),engine(name, params)
-    folder = store_folder(out or datamount()/'bpp', eng, threshold)
-    if mend and folder.exists(): click.echo(f'{folder}: {repair(folder)} damaged records dropped')
-    bpps = BppStore(out or datamount()/'bpp', eng, threshold)
+    out = out or datamount()/'bpp'
+    left_out = LeftOut(table, skip_bad, 'record' if is_fasta(table) else 'row')
+    seqs,eng = read_sequences(table, left_out),engine(name, params)
+    folder = store_folder(out, eng, threshold)
+    if mend and folder.exists(): click.echo(f'{shown(folder)}: {repair(folder)} damaged records dropped')
+    bpps = BppStore(out, eng, threshold)
+    todo = len(bpps.missing(seqs))
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is folded gets stored on the way out
-    try: n = bpps.fill(seqs, jobs, limit)
+    try: bpps.fill(seqs, jobs, limit)
+    except ValueError:
+        if not skip_bad or not bpps.failed: raise
     finally: signal.signal(signal.SIGTERM, before)
-    click.echo(f'{bpps.folder}: {n} sequences folded, {len(seqs)-n} were there')
+    for sequence,why in bpps.failed.items(): left_out.add('', sequence, why)
+    click.echo(f'{shown(bpps.folder)}: {todo-len(bpps.failed)} sequences folded, {len(seqs)-todo} were there')
+    if text := left_out.report(out/table.name): click.echo(text, err=True)

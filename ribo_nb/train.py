@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'CKPT_VERSION',
-           'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'check_parameters', 'skip_lessons', 'injected', 'model_args',
-           'Cfg', 'make_cfg', 'single_precision', 'build', 'compile_blocks', 'n_parameters', 'summary',
-           'absolute_errors', 'official_mae', 'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight',
-           'masked_mae', 'resolve', 'to_device', 'predict_sequences', 'predict_rows', 'errors', 'score', 'score_by',
-           'save', 'load_checkpoint', 'fits', 'latest', 'load_model', 'lr_at', 'make_optimizer', 'gathered', 'like',
-           'Average', 'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress',
-           'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'Trainer', 'train', 'read_log',
-           'diagnose', 'sample_store', 'folding', 'check_trainable', 'alone', 'train_run', 'record', 'measure',
-           'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune', 'bootstrap',
-           'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'report', 'trains', 'ask_to_stop', 'follow',
-           'launch']
+           'OFFICIAL', 'COSTS', 'OUTPUTS', 'PATIENCE', 'STOPPED', 'INSTALL', 'check_parameters', 'as_declared',
+           'skip_lessons', 'injected', 'model_args', 'Cfg', 'default', 'unread', 'check_read', 'only_read', 'make_cfg',
+           'single_precision', 'build', 'compile_blocks', 'n_parameters', 'summary', 'absolute_errors', 'official_mae',
+           'thin', 'fit_baselines', 'look_up', 'baselines', 'sn_weight', 'learnable', 'masked_mae', 'resolve',
+           'to_device', 'predict_sequences', 'predict_rows', 'errors', 'score', 'headline', 'score_by', 'save',
+           'load_checkpoint', 'fits', 'latest', 'load_model', 'first_weights', 'lr_at', 'make_optimizer', 'gathered',
+           'like', 'Average', 'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress',
+           'score_line', 'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'triplets', 'seen_in',
+           'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'nearby', 'stores_here', 'choose_data',
+           'data_name', 'run_folder', 'folding', 'check_trainable', 'check_scorable', 'alone', 'train_run', 'record',
+           'measure', 'mae_name', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking',
+           'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'ending',
+           'report', 'trains', 'runs_of', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
 import click,numpy as np,pandas as pd,ribo_nb,torch
 import matplotlib.pyplot as plt,seaborn as sns
-from contextlib import contextmanager,nullcontext
-from datetime import datetime,timezone
+from contextlib import contextmanager,nullcontext,suppress
+from datetime import date,datetime,timezone
 from dataclasses import asdict,dataclass,field,fields,replace
 from filelock import FileLock,Timeout
 from importlib.metadata import version
@@ -46,6 +48,29 @@ def check_parameters(
         if unknown := sorted(given - set(names)):
             raise ValueError(f"this notebook has no parameter {', '.join(unknown)}: its parameters are "
                              f"{', '.join(names)}")
+
+# %% ../nbs/04_train.ipynb #e4adbe18
+def _as_text(name, value):
+    if type(value) is not int: return value if isinstance(value, str) else str(value) if isinstance(value, (os.PathLike, date)) else None
+    click.echo(f"{name}: the number {value} is taken as text; papermill's -r {name} … leaves text as it is written", err=True)
+    return str(value)
+
+def as_declared(
+    kinds:dict, # parameter → str, dict (or its JSON), int (from 1 on) or float (from 0 on)
+    values:dict, # parameter → what papermill has injected, or the default
+)->dict: # parameter → value of its kind
+    "Parameters as the notebook means them; ValueError names the one that cannot be"
+    out,expected = {},{str: 'text', dict: 'JSON', int: 'a whole number from 1 on', float: 'a number from 0 on'}
+    for name,kind in kinds.items():
+        value = values[name]
+        number = type(value) in (int, float) and math.isfinite(value)
+        if kind is str: out[name] = _as_text(name, value)
+        elif kind is dict: out[name] = value if isinstance(value, (str, dict)) else None
+        else: out[name] = kind(value) if number and kind(value) == value and value >= (kind is int) else None
+        if out[name] is None:
+            raise ValueError(f"parameter {name} is {value!r}, expected {expected[kind]}: papermill's -p makes numbers, True and None "
+                             f"of what looks like them, its -r leaves text as it is written (-r {name} …)")
+    return out
 
 # %% ../nbs/04_train.ipynb #f252dd66
 def skip_lessons(
@@ -94,7 +119,7 @@ class Cfg:
     checkpoint:bool=False # keep less for the backward pass, compute it again?
     compile:bool=False # torch.compile; needs a C++ compiler, or a GPU with triton
     graph:bool=False # on one GPU: record a step once for each shape of batch, then replay it
-    start:str='' # checkpoint whose weights the run begins with; '': random ones
+    start:str='' # checkpoint, or the official RibonanzaNet.pt, whose weights the run begins with; '': random ones
     fold:int=0 # held out for validation; -1: train on everything
     engine:str='native' # of the base-pair probabilities
     engine_params:str='' # first 8 digits of the SHA-256 of its parameter file; '' takes what is found, and a run records it
@@ -138,9 +163,7 @@ class Cfg:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
         if self.shard and self.precision == 'fp16': raise ValueError("Cfg.shard needs precision bf16 or fp32, not fp16")
-        for name in _switches - set(model_args(self)):
-            if getattr(self, name) != Cfg.__dataclass_fields__[name].default:
-                raise ValueError(f"Cfg.{name} is {getattr(self, name)!r}, but {self.model} has no such switch")
+        check_read(self, _switches)
 
 # %% ../nbs/04_train.ipynb #6413bc3a
 _unlike = {'save_minutes','time_budget','tracker','graph'}  # two starts of one run may differ in these
@@ -149,6 +172,43 @@ _ranges = dict(d_model=(1, 4096), n_layer=(1, 200), n_head=(1, 256), kernel_size
                n_epoch=(1, 10**6), batch_size=(1, 10**6), accumulate=(1, 10**6), ema=(0, 1-1e-9), sgd_epochs=(0, 10**6), sgd_lr=(0, 10), time_budget=(0, 1e5), lr=(1e-9, 10), weight_decay=(0, 10), warmup=(0, 1), clip_grad=(1e-9, 1e9), seed=(0, 2**32-1), save_minutes=(0, 1e4), score_every=(1, 10**6))
 _choices = dict(model=tuple(models), **choices | dict(bpp=(*choices['bpp'], 'product')), engine=tuple(engines), weight=('none','SN_filter','log1p','clip'), schedule=('cosine','onecycle'), tracker=('none','tensorboard','neptune'),
                 precision=('auto','fp32','bf16','fp16'), device=('auto','cpu','cuda'))
+
+# %% ../nbs/04_train.ipynb #5d0c7e1a
+def default(name): # of a field of Cfg
+    return Cfg.__dataclass_fields__[name].default
+
+def unread(
+    cfg:Cfg,
+)->dict: # field → why
+    "The fields that nothing reads in a run of this configuration"
+    known = model_args(cfg)
+    of_models = {name for model in models.values() for name in inspect.signature(model).parameters}
+    others = of_models & Cfg.__dataclass_fields__.keys() - known.keys()
+    why = {name: f'{cfg.model} does not read it' for name in others}
+    if 'pair_track' in known and not cfg.pair_track:
+        why['d_pair'] = f'{cfg.model} reads it only with pair_track=true'
+    if not cfg.sgd_epochs:
+        why['sgd_lr'] = 'it is read only with sgd_epochs'
+    if cfg.accumulate > 1:
+        why['graph'] = f'only whole batches are recorded, and here accumulate is {cfg.accumulate}'
+    return why
+
+def check_read(
+    cfg:Cfg,
+    given, # names of the fields to look at
+):
+    "Raise ValueError, with what the model does read, when a field is not at its default and nothing reads it"
+    why = unread(cfg)
+    for name in (f.name for f in fields(Cfg)):
+        if name in given and name in why and getattr(cfg, name) != default(name):
+            known = ', '.join(k for k in Cfg.__dataclass_fields__ if k in model_args(cfg) and k not in why)
+            raise ValueError(f"Cfg.{name} is {getattr(cfg, name)!r}, but {why[name]}: leave it at {default(name)!r}. The "
+                             f"model {cfg.model} reads {known}")
+
+def only_read(cfg:Cfg)->Cfg:
+    "The same configuration with everything that nothing reads at its default"
+    return replace(cfg, **{name: default(name) for name in unread(cfg)})
+
 
 # %% ../nbs/04_train.ipynb #76cbb981
 cfg_0 = Cfg()  # the Squeezeformer, full data
@@ -178,7 +238,9 @@ def make_cfg(
         raise ValueError(f"overrides {overrides!r} are not a JSON object: write for example '{{\"lr\": 1e-3}}'")
     if unknown := sorted(set(o) - set(Cfg.__dataclass_fields__)):
         raise ValueError(f"Cfg has no field {', '.join(unknown)}, its fields are: {', '.join(Cfg.__dataclass_fields__)}")
-    return replace(named, **o)
+    cfg = replace(named, **o)
+    check_read(cfg, o)
+    return only_read(cfg)  # kernel_size comes from cfg_demo also where another model was chosen
 
 # %% ../nbs/04_train.ipynb #ab7c9452
 @contextmanager
@@ -281,6 +343,7 @@ def fit_baselines(
     bpp:BppStore, # holds their BPPs
 )->tuple: # name → medians by key; medians of all
     "Three lookup tables: per modifier, per nucleotide, per nucleotide and level of p(unpaired)"
+    if not len(rows): raise ValueError(f'{store.path}: no rows to fit the lookups on')
     good = store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()
     react = pd.DataFrame(np.concatenate([np.where(good[i], store[i][0], np.nan) for i in rows]).clip(0, 1), columns=MODS)
     return {k: react.groupby(key).median() for k,key in _keys(*_describe(store.rows.sequence.iloc[rows], bpp)).items()},react.median()
@@ -288,6 +351,7 @@ def fit_baselines(
 def look_up(fitted, sequences:list, bpp)->dict: # name → list of predictions (l m), one per sequence
     "What fitted tables predict"
     cut,(tables,median) = np.cumsum([len(s) for s in sequences])[:-1],fitted
+    if not sequences: return {k: [] for k in tables}
     return {k: np.split(tables[k].reindex(key).fillna(median).to_numpy(), cut) for k,key in _keys(*_describe(sequences, bpp)).items()}
 
 def baselines(store, rows, sequences, bpp)->dict: # arguments as above
@@ -302,6 +366,19 @@ def sn_weight(
     sn = batch['sn'].nan_to_num(0.)
     if how == 'SN_filter': return batch['SN_filter'].float()
     return sn.clamp(0, 10).log1p() if how == 'log1p' else sn.clamp(0, 1) if how == 'clip' else (~batch['sn'].isnan()).float()
+
+def learnable(
+    store:Store,
+    rows:np.ndarray, # row numbers
+    how:str, # as for `sn_weight`
+)->list: # those of MODS that have a profile with some weight; ends where all are found
+    "What there is to learn from"
+    sn,good = torch.from_numpy(store.sn[rows]),torch.from_numpy(store.SN_filter[rows])
+    found = np.zeros(len(MODS), bool)
+    for i,w in zip(rows, sn_weight(dict(sn=sn, SN_filter=good), how).numpy(), strict=True):
+        found |= (w*~np.isnan(store[i][0])).any(0)
+        if found.all(): break
+    return [m for m,f in zip(MODS, found, strict=True) if f]
 
 def masked_mae(
     pred:Tensor, # (b l m)
@@ -345,7 +422,7 @@ def predict_sequences(
 )->list: # predictions clipped to [0,1], float32 (l m), in the order given
     "Predict, long RNAs first so that memory trouble shows at once; ValueError when a prediction is not finite"
     model.eval()
-    device,length,out = next(model.parameters()).device,np.array([len(s) for s in sequences]),[None]*len(sequences)
+    device,length,out = next(model.parameters()).device,np.array([len(s) for s in sequences], int),[None]*len(sequences)
     for at in epoch_batches(length, batch_size*TYPICAL):
         batch = collate([sequences[i] for i in at], lambda s, flip=None: bpp(s, flip, device))
         pred = model(to_device(batch, device)).float().clamp(0, 1).cpu().numpy()
@@ -375,24 +452,47 @@ def errors(
     t = store.rows.iloc[rows][['sequence_id','dataset_name']]
     t = t.assign(length=[len(p) for p in preds], positions=[n for _,n in parts])
     for k,m in enumerate(MODS): t[m] = [float(e[k]) for e,_ in parts]
+    return t if t.positions.any() else _apart(t, preds, store, rows)
+
+def _apart(t, preds, store, rows):
+    "No position counts officially: the same with each modifier counted where it was measured itself"
+    for k,m in enumerate(MODS):
+        wrong = [np.abs(p[:,k] - store[i][0][:,k].clip(0, 1))[~np.isnan(store[i][0][:,k]) & store.SN_filter[i,k]]
+                 for p,i in zip(preds, rows, strict=True)]
+        t[m],t[f'positions_{m}'] = [float(w.sum(dtype=float)) for w in wrong],[len(w) for w in wrong]
     return t
 
 # %% ../nbs/04_train.ipynb #0b8632a7
+def _sums(t): # sums of absolute errors, and positions that count, of each row and each modifier that was measured
+    if t.positions.any() or f'positions_{MODS[0]}' not in t: return t[list(MODS)],t[['positions']*len(MODS)].set_axis(MODS, axis=1)
+    there = [m for m in MODS if t[f'positions_{m}'].any()]
+    return t[there],t[[f'positions_{m}' for m in there]].set_axis(there, axis=1)
+
 def score(
     t:pd.DataFrame, # from `errors`, or some of its rows
-)->dict: # 2A3, DMS, official, positions
-    "The official metric, and its two halves"
-    if not (n := int(t.positions.sum())):
-        raise ValueError('no position counts, nowhere do both modifiers pass SN_filter: hold out another fold, or train '
-                         'on everything with fold=-1')
-    mae = t[list(MODS)].sum()/n
-    return mae.to_dict() | dict(official=float(mae.mean()), positions=n)
+)->dict: # 2A3, DMS, official, positions; without `official` where no position has both modifiers
+    "The official metric, and its two halves; else the mean absolute error of what was measured"
+    wrong,counts = _sums(t)
+    if not counts.to_numpy().any():
+        raise ValueError('no position counts, nowhere was a modifier measured that passes SN_filter: hold out another fold, or '
+                         'train on everything with fold=-1')
+    mae = wrong.sum()/counts.sum()
+    official = dict(official=float(mae.mean())) if t.positions.any() else {}
+    return mae.to_dict() | official | dict(positions=int(counts.to_numpy().sum(0).max()))
 
-def score_by(t)->dict: # data set, or length in nt → official score
-    "The official metric of each data set and each length (of 50 nt each, where there are many)"
+def headline(
+    scores:dict, # from `score`
+)->tuple: # its name, the number
+    "The one number of a score: the official metric, or the mean of what was measured, which is named so"
+    if 'official' in scores: return 'official MAE',scores['official']
+    there = [m for m in MODS if m in scores]
+    return f"MAE of {' and '.join(there)}",float(np.mean([scores[m] for m in there]))
+
+def score_by(t)->dict: # data set, or length in nt → the number of `headline`
+    "The score of each data set and each length (of 50 nt each, where there are many)"
     length = t.length if t.length.nunique() < 13 else t.length//50*50
     groups = dict(dataset_name=t.groupby('dataset_name'), length=t.groupby(length))
-    return {k: {str(i): score(g)['official'] for i,g in by if g.positions.sum()} for k,by in groups.items()}
+    return {k: {str(i): headline(score(g))[1] for i,g in by if _sums(g)[1].to_numpy().any()} for k,by in groups.items()}
 
 # %% ../nbs/04_train.ipynb #2cb47f96
 CKPT_VERSION = 4
@@ -451,11 +551,32 @@ def load_model(
     path,
     raw:bool=False, # the last weights instead of their running average, where a run kept both
 )->tuple: # model with its weights, Cfg
-    "The model of a checkpoint, from its own configuration"
+    "The model of a checkpoint, from its own configuration; or the official RibonanzaNet"
+    if is_official(path): return _official_model(path),OFFICIAL
     ck = load_checkpoint(path)
-    model = build(ck['cfg'])
+    model,learnt = build(ck['cfg']),ck.get('learnt', MODS)
+    if unknown := [m for m in MODS if m not in learnt]:
+        click.echo(f"{path}: has learnt {' and '.join(learnt)} only; what it predicts for {' and '.join(unknown)} means nothing", err=True)
     with fits(path): model.load_state_dict(ck['raw'] if raw and 'raw' in ck else ck['model'])
+    model.seen = ck.get('seen')  # what it has learnt from, where its run has written that down
     return model,ck['cfg']
+
+# %% ../nbs/04_train.ipynb #5d0c7e12
+OFFICIAL = replace(cfg_ribonanzanet, fold=-1)  # of the official RibonanzaNet.pt
+
+def _official_model(path):
+    model = load_official(path)
+    # Ribonanza's training set: 115 to 206 nt, whose first 26 and last 20 nt are blank
+    model.seen = dict(shortest=115, longest=206, start=26, end=20, triplets=0.)
+    return model
+
+def first_weights(cfg:Cfg)->dict: # name of a parameter → tensor
+    "The weights of `cfg.start`: a checkpoint of ours, or the official RibonanzaNet.pt"
+    if not is_official(cfg.start): return load_checkpoint(cfg.start)['model']
+    if cfg.model != 'ribonanzanet':
+        raise ValueError(f"Cfg.start is {cfg.start}, the official weights of a RibonanzaNet, and the model is "
+                         f"{cfg.model}: start cfg_ribonanzanet with them")
+    return load_official(cfg.start, cfg.quirks).state_dict()
 
 # %% ../nbs/04_train.ipynb #d557ad8c
 def lr_at(
@@ -625,6 +746,11 @@ class Progress:
         if torch.cuda.is_initialized(): peak = torch.cuda.max_memory_allocated()/2**20
         return dict(seconds=round(self.seconds, 1), peak_MB=round(peak)) | (dict(steps_per_second=round(speed, 3)) if speed else {})
 
+def score_line(scores)->dict: # from `score`
+    "What a line of the log says of a score; `of` where it is not the official one"
+    name,mae = headline(scores)
+    return dict(mae=mae) | {f'mae_{m}': scores[m] for m in MODS if m in scores} | ({} if 'official' in scores else dict(of=name))
+
 COSTS = 'seconds','peak_MB','steps_per_second'
 
 # %% ../nbs/04_train.ipynb #65174006
@@ -683,7 +809,7 @@ def _load_last(trainer):
     if not ck:
         if not rank: log.write_text('')
         return opt,avg,pos
-    check_same(out, asdict(ck['cfg']), asdict(cfg), _unlike)
+    check_same(out, asdict(ck['cfg']), asdict(cfg), _unlike | unread(cfg).keys())
     with fits(out/'last.pt'):
         _set_states(cfg, model, opt, avg, ck)
         if ck['scaler']: trainer.scaler.load_state_dict(ck['scaler'])  # empty after bf16 or fp32
@@ -707,12 +833,19 @@ class Stopped(KeyboardInterrupt):
     "A run was asked to stop, and everything is saved"
 
 @contextmanager
-def stoppable():
+def stoppable(
+    got=None, # the list of one that is in force already: what that one has heard counts
+):
     "Yields a list that holds a signal's name once SIGTERM or SIGINT arrived; outside the main thread it stays empty"
-    got,old = [],{}
+    got,old = [] if got is None else got,{}
+    def hear(number, _):
+        got.append(signal.Signals(number).name)
+        if len(got) > 1: return
+        with suppress(RuntimeError):  # it may have come in the middle of another message
+            click.echo(f'{got[0]}: stops as soon as what is under way is done and saved', err=True)
     try:
         for s in (signal.SIGTERM, signal.SIGINT):
-            old[s] = signal.signal(s, lambda n,_: got.append(signal.Signals(n).name))
+            old[s] = signal.signal(s, hear)
     except ValueError: pass  # not the main thread: signals are somebody else's
     try: yield got
     finally:
@@ -727,6 +860,30 @@ def training_rows(store, cfg, epoch=0)->np.ndarray: # row numbers; in each epoch
     if not cfg.one_each: return rows
     rows = np.random.default_rng([cfg.seed, epoch, 2]).permutation(rows)
     return rows[np.unique(pd.factorize(store.rows.sequence)[0][rows], return_index=True)[1]]
+
+# %% ../nbs/04_train.ipynb #3b6f90a2
+def triplets(sequence:str)->float: # 1: as many as fit in, near 0: a repeat
+    "Share of different words of three nucleotides in a sequence"
+    n = len(sequence) - 2
+    words = {sequence[i:i+3] for i in range(n)}
+    return len(words)/min(n, 64) if n > 0 else 1.
+
+def seen_in(
+    store:Store,
+    rows:np.ndarray, # row numbers
+    most:int=10_000, # rows whose profiles are looked at
+)->dict: # shortest, longest, start, end (nt), triplets
+    "What somebody who learns from these rows has seen: lengths, blank ends, the most repetitive sequence"
+    length = store.rows.sequence.iloc[rows].str.len()
+    some = rows[::len(rows)//most + 1]
+    start,end = int(length.max()),int(length.max())
+    for i in some:
+        known = np.flatnonzero(~np.isnan(store[i][0]).all(1))
+        if not len(known): continue
+        start = min(start, int(known[0]))
+        end = min(end, int(store.start[i+1] - store.start[i] - 1 - known[-1]))
+    least = min(triplets(s) for s in store.rows.sequence.iloc[some])
+    return dict(shortest=int(length.min()), longest=int(length.max()), start=start, end=end, triplets=least)
 
 # %% ../nbs/04_train.ipynb #3af7cec8
 class Trainer:
@@ -828,8 +985,7 @@ class Trainer:
         if scored and len(self.valid) and not pos.in_row:  # a model that is not finite just now has no score
             preds = self.predictions()
             if not world()[0]:
-                mae = score(errors(preds, self.store, self.valid))
-                self.log(dict(step=pos.step, epoch=pos.epoch, mae=mae['official']) | {f'mae_{m}': mae[m] for m in MODS} | pos.costs())
+                self.log(dict(step=pos.step, epoch=pos.epoch) | score_line(score(errors(preds, self.store, self.valid))) | pos.costs())
         if pos.epoch == self.cfg.n_epoch and self.cfg.sgd_epochs: self.opt,self.avg = make_optimizer(self.model, self.cfg, True),Average(self.model)
         if scored or start - self.saved > 60*self.cfg.save_minutes: self.save()
         self.clock = time.monotonic()
@@ -841,19 +997,33 @@ class Trainer:
         raise ValueError(f"{self.out}: {PATIENCE} steps in a row gave a loss or gradient that is not finite. `ribo_train --diagnose {path}` names "
                          f"the part of the model where it begins; a lower lr, or precision fp32, may help")
 
-    def run(self)->bool: # was it finished? else time was up
+    def asked(self, stop)->bool: # to stop, with something to save: FSDP has no optimizer's state before a first step
+        return self.agree(stop)[0] and not (self.cfg.shard and not self.pos.step)
+
+    def save_and_stop(self, stop):
+        "Save, and end the run with a message that says what is kept"
+        self.save()
+        pos,last = self.pos,self.out/'last.pt'
+        where = f'at step {pos.step} of {self.epochs*self.per_epoch}' if pos.step else 'before the first step, with the first weights'
+        raise Stopped(f"{stop[0] if stop else 'another process'}: stopped {where}, saved to {last}; start the same run again to go on")
+
+    def run(self,
+        stop=None, # list of a `stoppable` that is in force already
+    )->bool: # was it finished? else time was up
         "Train, or go on training"
         pos,total,late = self.pos,self.epochs*self.per_epoch,False
-        with stoppable() as stop, progress(desc=self.out.name, total=total, initial=pos.step, unit='step') as bar:
+        with stoppable(stop) as stop, progress(desc=short_names([self.out])[0], total=total, initial=pos.step, unit='step') as bar:
             while pos.epoch < self.epochs and not late:
+                if self.asked(stop): self.save_and_stop(stop)  # while RNAs were folded, or the held-out fold was scored
                 for batch in self.load(pos.epoch):
+                    if world()[1] == 1 and self.asked(stop): self.save_and_stop(stop)  # while the batch was made
                     norm = self.step(batch)
                     bar.update()
                     if pos.step % self.log_every == 0:
                         self.log(line := pos.line(self.opt.param_groups[0]['lr'], norm)); bar.set_postfix(loss=line['loss'], refresh=False)
                     stopped,due,late = self.agree(stop)
-                    if stopped or due or late: self.save()
-                    if stopped: raise Stopped(f"{stop[0] if stop else 'another process'}: stopped at step {pos.step}, saved to {self.out/'last.pt'}; start the same run again to go on")
+                    if stopped: self.save_and_stop(stop)
+                    if due or late: self.save()
                     if late: break
                 else: self.end_epoch()
         self.save_best()
@@ -863,7 +1033,9 @@ class Trainer:
         "Weights for prediction; with a running average, that is what predicts, and the raw ones are kept beside it"
         now = _states(self.cfg, self.model, self.opt, self.avg)
         weights = dict(model=now['average']['weights'], raw=now['model']) if self.avg else dict(model=now['model'])
-        if not world()[0]: save(self.out/'best.pt', self.cfg, **weights)
+        if not world()[0]:
+            about = dict(learnt=learnable(self.store, self.rows, self.cfg.weight), seen=seen_in(self.store, self.rows))
+            save(self.out/'best.pt', self.cfg, **weights, **about)
 
 # %% ../nbs/04_train.ipynb #c512671e
 @single_precision()
@@ -915,6 +1087,64 @@ def _code_version():
     try: return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '-uno')) or None
     except OSError: return None
 
+# %% ../nbs/04_train.ipynb #5b0c7a11
+import re
+import pyarrow as pa,pyarrow.parquet as pq
+
+# %% ../nbs/04_train.ipynb #7a2b3c04
+def nearby(path)->str: # for messages
+    "A path as seen from the working directory, where it lies in the same project"
+    path = Path(path).absolute()
+    return os.path.relpath(path) if path.is_relative_to(datamount().parent) else str(path)
+
+def stores_here()->list: # paths
+    "The stores in datamount/parquet, without samples of simulated profiles"
+    plain,pseudo = [],[]
+    for path in sorted((datamount()/'parquet').glob('*')):
+        if not is_parquet(path) or not path.is_file() or path.name.startswith('simulated-'): continue
+        try: schema = pq.read_schema(path)
+        except (pa.ArrowException, OSError): continue
+        if not {'sequence','cluster','fold'} <= set(schema.names): continue
+        meta = json.loads((schema.metadata or {}).get(b'ribo_nb', b'{}'))
+        (pseudo if 'pseudo' in meta else plain).append(path)
+    return plain or pseudo
+
+# %% ../nbs/04_train.ipynb #8c4d5e06
+def choose_data(
+    name:str, # of the configuration
+    data='', # a store, 'simulated', or '': what is there
+): # a store, or 'simulated'
+    "What to train on; ValueError, before anything slow, when nobody said it and it is not clear"
+    if str(data) == 'simulated' or not data and name == 'cfg_demo': return 'simulated'
+    if data:
+        with readable(data, 'a store made by ribo_data'): return Path(data)
+    folder,found = nearby(datamount()/'parquet'),stores_here()
+    if len(found) == 1:
+        click.echo(f'{name}: training on {nearby(found[0])}, the one store in {folder}', err=True)
+        return found[0]
+    say = 'say which: -p data FILE for papermill, --data FILE for ribo_train, DATA=FILE for make train'
+    if found: raise ValueError(f"{name}: there are several stores in {folder}, {say}\n" + '\n'.join(f'  {nearby(p)}' for p in found))
+    raise ValueError(f"{name}: there is no store in {folder} to train on. Two commands make one of Kaggle's train_data.csv:\n"
+                     f"  ribo_data train_data.csv --out {folder}/train.parquet\n  ribo_bpp {folder}/train.parquet\n"
+                     f"Or {say}; FILE may also be the word simulated: 1,000 SIMULATED RNAs, to try things out")
+
+# %% ../nbs/04_train.ipynb #9d5e6f08
+def data_name(store:Store)->str:
+    "The name of a store, with the word SIMULATED where its profiles are"
+    made_up = store.rows.dataset_name.str.match('sim_(random|design)').any()
+    return store.path.name + ' (SIMULATED)'*bool(made_up)
+
+# %% ../nbs/04_train.ipynb #b17a8b12
+def run_folder(
+    name:str, # of the configuration, or the cfg.json of a run
+    cfg:Cfg, # with what was overridden
+)->Path:
+    "Where a run goes that nobody gave a folder; fold and seed are in its name where they are not the configuration's own"
+    own = make_cfg(name)
+    folder = Path(name).parent if str(name).endswith('.json') else datamount()/'runs'/name
+    more = [f'{k}{getattr(cfg, k)}' for k in ('fold','seed') if getattr(cfg, k) != getattr(own, k)]
+    return folder.with_name('-'.join([folder.name, *more]))
+
 # %% ../nbs/04_train.ipynb #6870c2bd
 def folding(cfg:Cfg)->Engine:
     "The engine of a configuration, with the parameters that it names; ValueError when they are not here"
@@ -925,34 +1155,45 @@ def folding(cfg:Cfg)->Engine:
     return eng
 
 # %% ../nbs/04_train.ipynb #9fe2826a
-def check_trainable(store:Store, cfg:Cfg):
+def check_trainable(
+    store:Store,
+    cfg:Cfg,
+)->list: # remarks: what is missing, and what that means
     "Raise ValueError, before anything is written, when there is nothing to learn from or nothing to score"
     rows,valid = np.flatnonzero(store.rows.fold != cfg.fold),held_out(store, cfg.fold)
-    t = store.rows.iloc[rows]
-    sn,good = (torch.tensor(t[[f'{c}_{m}' for m in MODS]].to_numpy(d)) for c,
-               d in (('signal_to_noise', np.float32), ('SN_filter', bool)))
-    weight = sn_weight(dict(sn=sn, SN_filter=good), cfg.weight).numpy()
-    if not any((w*~np.isnan(store[i][0])).any() for i,w in zip(rows, weight, strict=True)):  # ends at the first
+    if cfg.start: first_weights(cfg)  # a wrong file is found before anything is folded
+    if not (learnt := learnable(store, rows, cfg.weight)):
         raise ValueError(f"{store.path}: the {len(rows)} rows outside fold {cfg.fold} hold no profile to learn from "
                          f"(with weight={cfg.weight!r}): another fold, another weight, or more data")
-    if cfg.fold < 0: return
+    remarks = [f'{m} is missing: the model learns {learnt[0]} alone, and what it predicts for {m} means nothing' for m in MODS if m not in learnt]
+    if cfg.fold < 0: return remarks
     if not len(valid):
         raise ValueError(f"{store.path} has no fold {cfg.fold}, its folds are "
                          f"{sorted(store.rows.fold.unique().tolist())}; -1 trains on everything")
-    good = store.rows[[f'SN_filter_{m}' for m in MODS]].all(axis=1).to_numpy()
-    if not any(good[i] and (~np.isnan(store[i][0]).any(-1)).any() for i in valid):
-        raise ValueError(f'{store.path}: no position of fold {cfg.fold} counts, nowhere do both modifiers pass SN_filter: hold '
-                         f'out another fold, or train on everything with fold=-1')
     if (made := store.meta.get('pseudo', {}).get('fold', cfg.fold)) != cfg.fold:
         raise ValueError(f"{store.path}: its pseudo-labels are the predictions of models that held out fold {made}, and knew "
                          f"fold {cfg.fold}: hold out fold {made} here as well")
+    return remarks + check_scorable(store, cfg.fold, valid)
+
+def check_scorable(store, fold, valid)->list: # remarks
+    "Raise ValueError when nothing in a held-out fold can be scored"
+    there = [~np.isnan(store[i][0]) & store.SN_filter[i] for i in valid]
+    both,each = sum(int(t.all(1).sum()) for t in there),sum(t.sum(0) for t in there)
+    if not each.any():
+        raise ValueError(f'{store.path}: no position of fold {fold} counts, nowhere was a modifier measured that passes SN_filter: '
+                         f'hold out another fold, or train on everything with fold=-1')
+    names = ' and '.join(m for m,n in zip(MODS, each, strict=True) if n)
+    if not both: return [f'nowhere in fold {fold} do both modifiers count: the score is the MAE of {names}, not the official one']
+    lost = [f'{n - both:,} of {n:,} positions of {m}' for m,n in zip(MODS, each.tolist(), strict=True) if both < .8*n]
+    return [f"the official score leaves out {' and '.join(lost)} in fold {fold}, where the other modifier does not count"] if lost else []
 
 # %% ../nbs/04_train.ipynb #38f739a3
 @contextmanager
 def alone(out):
     "Nobody else trains in this run folder meanwhile; ValueError when somebody does"
     out.mkdir(parents=True, exist_ok=True)
-    lock,status = FileLock(out/'lock', blocking=False),out/'status.json'
+    # a second, because `trains` takes the lock for a moment when somebody looks on
+    lock,status = FileLock(out/'lock', timeout=1),out/'status.json'
     try: lock.acquire()
     except Timeout:
         by = json.loads(status.read_text()) if status.exists() else {}
@@ -964,24 +1205,26 @@ def alone(out):
 # %% ../nbs/04_train.ipynb #730370d1
 def train_run(
     cfg:Cfg,
-    data='simulated', # a store, or 'simulated'
+    data, # a store, or 'simulated'
     out=None, # run folder; default: datamount/runs/run
     bpps=None, # folder of the BPP store; default: datamount/bpp
     show=lambda log: None, # called with the log after each epoch, e.g. to draw it
     brief:bool=False, # leave out the lookups and the figures, when there are many short runs?
 )->dict: # the metrics, also in metrics.json; empty in other processes than the first
     "One run from beginning to end, or from where it stopped to the end"
+    check_read(cfg, asdict(cfg))
     deadline = time.monotonic() + .95*3600*cfg.time_budget if cfg.time_budget else math.inf
     out,first = Path(out or datamount()/'runs'/'run'),not world()[0]
     store,eng = Store(sample_store() if str(data) == 'simulated' else data),folding(cfg)
     cfg = replace(cfg, engine_params=eng.key['params'])
-    check_trainable(store, cfg)
+    remarks = check_trainable(store, cfg)
     with alone(out) if first else nullcontext():
-        if first: record(cfg, store, out)
-        bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng)),_fresh(cfg)
+        if first: record(cfg, store, out); click.echo('\n'.join([f'data: {data_name(store)}, {len(store):,} rows', *remarks]))
         with tracking(cfg, out) as sink:
-            trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
-            finished = trainer.run()
+            with stoppable() as stop:
+                bpp,model = _folded(store, BppStore(bpps or datamount()/'bpp', eng), stop),_fresh(cfg)
+                trainer = Trainer(cfg, model, store, bpp, out, deadline, lambda line: (sink(line), 'mae' in line and show(read_log(out))))
+                finished = trainer.run(stop)
             metrics = measure(trainer, brief) | dict(finished=finished)
             if not first: return {}
             with atomic(out/'metrics.json') as p: p.write_text(json.dumps(metrics, indent=1))
@@ -990,9 +1233,13 @@ def train_run(
     return metrics
 
 # %% ../nbs/04_train.ipynb #a901a081
-def _folded(store, bpp):
-    "The BPPs of all rows, folded by one process where they are missing"
-    if not world()[0]: bpp.fill(store.rows.sequence)
+def _folded(store, bpp, stop=()):
+    "The BPPs of all rows, folded by one process where they are missing; fewer when somebody asks to `stop`"
+    def look():
+        if stop: raise Stopped
+    if not world()[0]:
+        try: bpp.fill(store.rows.sequence, tick=look)
+        except Stopped: click.echo(f"{stop[0]}: folding has stopped; the base-pair probabilities of {len(bpp)} RNAs are kept", err=True)
     if dist.is_initialized(): dist.barrier()
     bpp.files.refresh()
     return bpp
@@ -1001,7 +1248,8 @@ def _fresh(cfg):
     "A model with its first weights, where it will be trained"
     model = build(cfg)
     if cfg.start:
-        with fits(cfg.start): model.load_state_dict(load_checkpoint(cfg.start)['model'])
+        weights = first_weights(cfg)
+        with fits(cfg.start): model.load_state_dict(weights)
     model.to(resolve(cfg)[0])
     torch.manual_seed(cfg.seed + world()[0])  # each process drops something else
     if cfg.compile: compile_blocks(model)
@@ -1024,9 +1272,9 @@ def record(cfg, store, out):
             raise ValueError(f"{out/'cfg.json'}: is not JSON ({e}): put the right one back, or choose another run "
                              f"folder") from e
         for k in new:
-            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike)
+            check_same(out, old[k] if isinstance(old, dict) and isinstance(old.get(k), dict) else {}, new[k], _unlike | unread(cfg).keys())
     length,epochs = store.rows.sequence.str.len().to_numpy()[training_rows(store, cfg)],cfg.n_epoch + cfg.sgd_epochs
-    status = dict(pid=os.getpid(), host=socket.gethostname(), processes=world()[1], sequences=len(length)*epochs,
+    status = dict(pid=os.getpid(), host=socket.gethostname(), processes=world()[1], data=data_name(store), sequences=len(length)*epochs,
                   steps=epochs*len(epoch_batches(length, cfg.tokens, cfg.seed)))
     for name,what in (('cfg.json', new), ('status.json', status)):
         with atomic(out/name) as p: p.write_text(json.dumps(what, indent=1))
@@ -1037,7 +1285,7 @@ def record(cfg, store, out):
 def measure(trainer, brief=False)->dict: # empty in other processes than the first
     "What a run has come to: the metrics, and errors.parquet with each held-out sequence's share in them"
     cfg,store,valid = trainer.cfg,trainer.store,trainer.valid
-    metrics = dict(model=cfg.model, parameters=n_parameters(trainer.model), data=store.path.name, fold=cfg.fold, code=_code_version(),
+    metrics = dict(model=cfg.model, parameters=n_parameters(trainer.model), data=data_name(store), fold=cfg.fold, code=_code_version(),
                    torch=torch.__version__, machine=f'{platform.machine()} {trainer.device} {str(trainer.dtype)[6:]}')
     if cfg.fold < 0: return metrics
     if preds := trainer.predictions():
@@ -1049,6 +1297,9 @@ def measure(trainer, brief=False)->dict: # empty in other processes than the fir
     return {}
 
 # %% ../nbs/04_train.ipynb #867bf39e
+def mae_name(log:pd.DataFrame)->str: # what the column `mae` of a log is
+    return log.of.dropna().iloc[-1] if 'of' in log else 'official MAE'
+
 def plot_log(
     log:list, # from `read_log`
 )->plt.Figure:
@@ -1060,9 +1311,11 @@ def plot_log(
                                             label='training loss (weighted)'); b.plot(t.step, t.lr, color='.6')
     if 'mae' in d:
         v = d.dropna(subset='mae'); a.plot(v.step, v.mae, 'o-', ms=3, color='#c8553d',
-                                           label=f'held-out official MAE, last {v.mae.iloc[-1]:.4f}')
-    a.set(ylabel='mean absolute error'); a.legend(frameon=False); b.set(xlabel='step',
-                                                                        ylabel='learning rate'); sns.despine(fig)
+                                           label=f'held-out {mae_name(d)}, last {v.mae.iloc[-1]:.4f}')
+    a.set(ylabel='mean absolute error')
+    if a.lines: a.legend(frameon=False)
+    b.set(xlabel='step', ylabel='learning rate')
+    sns.despine(fig)
     return fig
 
 # %% ../nbs/04_train.ipynb #3a50fbd1
@@ -1070,26 +1323,30 @@ def plot_scores(
     scores:dict, # name → `score`
     title:str='',
 )->plt.Figure:
-    "Official MAE of a model beside its baselines"
-    d = pd.DataFrame(scores).T.sort_values('official', ascending=False)
+    "The score of a model beside its baselines; ValueError when there is none"
+    if not scores: raise ValueError('no scores to draw: a run without a held-out fold has none')
+    what = headline(next(iter(scores.values())))[0]
+    d = pd.Series({k: headline(v)[1] for k,v in scores.items()}).sort_values(ascending=False)
     fig,ax = plt.subplots(figsize=(7, 1.9), layout='constrained')
     known = ('median per modifier','median per nucleotide','unpaired-probability lookup')
-    ax.barh(d.index, d.official, color=['.75' if i in known else '#c8553d' for i in d.index])
-    for y,v in enumerate(d.official): ax.text(v, y, f' {v:.4f}', va='center')
-    ax.set(xlabel='official MAE on the held-out fold (lower is better)', title=title,
-           xlim=(0, d.official.max()*1.18)); sns.despine(fig)
+    ax.barh(d.index, d, color=['.75' if i in known else '#c8553d' for i in d.index])
+    for y,v in enumerate(d): ax.text(v, y, f' {v:.4f}', va='center')
+    ax.set(xlabel=f'{what} on the held-out fold (lower is better)', title=title,
+           xlim=(0, d.max()*1.18)); sns.despine(fig)
     return fig
 
 def plot_errors(
     by:dict, # from `score_by`
+    unit:str='official MAE', # that is drawn
 )->plt.Figure:
-    "Official MAE of each data set and each length"
+    "The score of each data set and each length; ValueError when there is none"
+    if not any(by.values()): raise ValueError('no scores to draw: no position counts')
     n = [max(1, len(v)) for v in by.values()]
     fig,axs = plt.subplots(1, len(by), figsize=(8, .5 + .32*max(n)), layout='constrained', sharex=True, squeeze=False)
     for ax,(what,v) in zip(axs[0], by.items(), strict=True):
         ax.barh(list(v), list(v.values()), color='#30507a', height=.6)
         for y,x in enumerate(v.values()): ax.text(x, y, f' {x:.3f}', va='center', fontsize=8)
-        ax.set(title=dict(dataset_name='data set', length='length (nt)').get(what, what), xlabel='official MAE'); ax.title.set_size(10)
+        ax.set(title=dict(dataset_name='data set', length='length (nt)').get(what, what), xlabel=unit); ax.title.set_size(10)
         ax.margins(x=.15); ax.invert_yaxis(); sns.despine(ax=ax)
     return fig
 
@@ -1100,10 +1357,12 @@ def plot_pred(
     title:str='',
 )->plt.Figure:
     "Predicted against measured reactivity, both modifiers, both clipped to [0,1]"
+    if not len(preds): raise ValueError('no profiles to draw: nothing that passes SN_filter was measured')
     p,y = np.concatenate(preds),np.concatenate(reacts).clip(0, 1)
     fig,axs = plt.subplots(1, 2, figsize=(8, 3.8), layout='constrained')
     for m,(ax,cmap) in enumerate(zip(axs, ('Blues','Reds'), strict=True)):
         k = ~np.isnan(y[:,m])
+        if not k.any(): ax.set(title=f'{MODS[m]}: not measured'); continue
         ax.hexbin(y[k,m], p[k,m], gridsize=45, extent=(0,1,0,1), bins='log', cmap=cmap, mincnt=1, lw=0)
         ax.plot([0,1], [0,1], color='k', lw=.8, ls='--')
         r = np.corrcoef(y[k,m], p[k,m])[0,1] if k.sum() > 2 else np.nan
@@ -1115,12 +1374,14 @@ def plot_pred(
 # %% ../nbs/04_train.ipynb #b2451bf6
 def draw_run(trainer, metrics):
     "The figures of a run, into its folder: loss and, with a held-out fold, scores, errors, predicted, profile"
-    store,rows,preds,out = trainer.store,trainer.valid,trainer.predictions(),trainer.out
-    figs,where = dict(loss=plot_log(read_log(out))),'SIMULATED profiles' if 'simulated' in metrics['data'] else metrics['data']
+    store,rows,preds,out = trainer.store,trainer.valid,trainer.predictions() if len(trainer.valid) else [],trainer.out
+    figs,where = dict(loss=plot_log(read_log(out))),metrics['data']
     if preds:
-        good = np.flatnonzero(store.rows[[f'SN_filter_{m}' for m in MODS]].to_numpy()[rows].all(1))
-        best = good[np.nanargmax(store.rows.signal_to_noise_2A3.to_numpy()[rows[good]])]
-        figs |= dict(scores=plot_scores(metrics['scores'], f"{out.name}, fold {metrics['fold']} of {where}"), errors=plot_errors(metrics['by']),
+        good = np.flatnonzero(store.SN_filter[rows].all(1))
+        if 'official' not in metrics['scores'][metrics['model']]: good = np.flatnonzero(store.SN_filter[rows].any(1))
+        sn = store.sn[rows[good]]
+        best = good[np.nanargmax(sn[:,int(np.isnan(sn[:,0]).all())])]  # by 2A3, or by DMS where that is all
+        figs |= dict(scores=plot_scores(metrics['scores'], f"{short_names([out])[0]}, fold {metrics['fold']} of {where}"), errors=plot_errors(metrics['by'], headline(metrics['scores'][metrics['model']])[0]),
                      predicted=plot_pred([preds[k] for k in good], [store[i][0] for i in rows[good]], where),
                      profile=plot_profile(store.rows.sequence[rows[best]], *store[rows[best]], preds[best],
                                           f'held out, {where}: measured (bars) and predicted (line)'))
@@ -1131,39 +1392,83 @@ def _tensorboard(out, cfg):
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(out/'tensorboard')
     for f in ('cfg.json','starts.jsonl'): writer.add_text(f, f'```json\n{(out/f).read_text()}\n```')
-    def sink(line):
-        for k,v in line.items():
-            if k != 'step' and isinstance(v, (int, float)): writer.add_scalar(k, v, line['step'])
-        for f in line.get('files', ()): writer.add_image(Path(f).stem, plt.imread(f), line['step'], dataformats='HWC')
+    def sink(numbers, step, files):
+        for k,v in numbers.items(): writer.add_scalar(k, v, step)
+        for f in files: writer.add_image(Path(f).stem, plt.imread(f), step, dataformats='HWC')
         writer.flush()
     return sink,writer.close
 
+def _answers(token)->bool: # does the server that a token names answer at all, within seconds?
+    import base64,urllib.error,urllib.request
+    try: urllib.request.urlopen(json.loads(base64.b64decode(token))['api_address'], timeout=4).close()
+    except urllib.error.HTTPError: return True
+    except (OSError, ValueError, KeyError, TypeError): return False
+    return True
+
+def _online(start, token, seconds=15.):
+    "A run on neptune's server, or None, with the reason, when that has not begun after some seconds"
+    if not _answers(token): return None,'its server does not answer'
+    got = queue.Queue()
+    def work():
+        try: got.put((start('async'), ''))
+        except Exception as e: got.put((None, f'{type(e).__name__}: ' + ' '.join(str(e).split())[:200]))
+    threading.Thread(target=work, daemon=True).start()
+    try: return got.get(timeout=seconds)
+    except queue.Empty: return None,'its server does not answer'
+
 def _neptune(out, cfg):
-    os.environ.setdefault('NEPTUNE_DATA_DIRECTORY', str(out/'neptune'))
     import neptune
-    run = neptune.init_run(mode=os.environ.get('NEPTUNE_MODE', 'async' if os.environ.get('NEPTUNE_API_TOKEN') else 'offline'),
-                           capture_stdout=False, capture_stderr=False, capture_hardware_metrics=False, git_ref=False, source_files=[])
+    token,mode,why = os.environ.get('NEPTUNE_API_TOKEN'),os.environ.get('NEPTUNE_MODE'),'no NEPTUNE_API_TOKEN is set'
+    folder = os.environ.get('NEPTUNE_DATA_DIRECTORY') or str(out/'.neptune')  # so named, `neptune sync --path` finds it
+    def start(mode):
+        return neptune.init_run(mode=mode, capture_stdout=False, capture_stderr=False, capture_hardware_metrics=False, git_ref=False, source_files=[])
+    with _set_for_now('NEPTUNE_DATA_DIRECTORY', folder):
+        run = start(mode) if mode else None
+        if not mode and token: run,why = _online(start, token)
+        if run is None:
+            run = start('offline')
+            click.echo(f"neptune: {why}; the run is kept offline in {nearby(folder)}. To send it to a server later: neptune sync "
+                       f"--offline-only --path {nearby(Path(folder).parent)} (neptune's own command; it needs setuptools below 81)", err=True)
     run['cfg'] = asdict(cfg)
     run['data'] = json.dumps(json.loads((out/'cfg.json').read_text())['data'])
     run['start'] = (out/'starts.jsonl').read_text().splitlines()[-1]
-    def sink(line):
-        for k,v in line.items():
-            if k != 'step' and isinstance(v, (int, float)): run[k].append(v, step=line['step'])
-        for f in line.get('files', ()): run[f'figures/{Path(f).stem}'].upload(f)
-    return sink,run.stop
+    def sink(numbers, step, files):
+        for k,v in numbers.items(): run[k].append(v, step=step)
+        for f in files: run[f'figures/{Path(f).stem}'].upload(f)
+    return sink,lambda: run.stop(seconds=8)
+
+@contextmanager
+def _set_for_now(name, value):
+    "An environment variable, as long as the block lasts"
+    old = os.environ.get(name)
+    os.environ[name] = value
+    try: yield
+    finally:
+        if old is None: del os.environ[name]
+        else: os.environ[name] = old
 
 # %% ../nbs/04_train.ipynb #47bb2b95
+INSTALL = dict(tensorboard='pip install tensorboard', neptune="pip install 'neptune<2'")
+
+def _new(line, last)->dict: # the numbers of a line of the log
+    "Without those that a series has at this step already: the line of a score may have the step of the line before"
+    numbers = {k: v for k,v in line.items() if isinstance(v, (int, float)) and k != 'step' and line['step'] > last.get(k, -1)}
+    last.update(dict.fromkeys(numbers, line['step']))
+    return numbers
+
 @contextmanager
 def tracking(cfg, out, sinks=dict(tensorboard=_tensorboard, neptune=_neptune)):
     "Yields a function that takes a line of the log and returns at once"
     if cfg.tracker == 'none' or world()[0]: yield lambda line: None; return
-    lines = queue.Queue(10_000)
+    lines,last = queue.Queue(10_000),{}
     def work():
         try:
             sink,close = sinks[cfg.tracker](out, cfg)
-            while (line := lines.get()) is not None: sink(line)
+            while (line := lines.get()) is not None: sink(_new(line, last), line['step'], line.get('files', ()))
             close()
-        except Exception as e: click.echo(f'{out}: {cfg.tracker} has failed ({type(e).__name__}: {e}); training goes on without it', err=True)
+        except ImportError as e:
+            click.echo(f"{cfg.tracker} is not installed ({e}): {INSTALL[cfg.tracker]}; training goes on without it", err=True)
+        except Exception as e: click.echo(f'{nearby(out)}: {cfg.tracker} has failed ({type(e).__name__}: {e}); training goes on without it', err=True)
     def put(line):
         try: lines.put_nowait(line)
         except queue.Full: pass
@@ -1178,7 +1483,7 @@ def read_neptune(
 )->pd.DataFrame: # step, name, value
     "What neptune has kept offline, in all runs of a folder"
     rows = []
-    for path in sorted(Path(out).glob('neptune/**/data-*.log')):
+    for path in sorted(Path(out).glob('.neptune/**/data-*.log')):
         decoder,text = json.JSONDecoder(),path.read_text()
         while text := text.lstrip():
             line,end = decoder.raw_decode(text)
@@ -1191,11 +1496,13 @@ def read_neptune(
 def bootstrap(
     t:pd.DataFrame, # from `errors`
     n:int=1000, # samples
-)->np.ndarray: # n official scores
-    "The official score of resampled sequences"
-    a = t.loc[t.positions > 0, [*MODS, 'positions']].to_numpy()
+)->np.ndarray: # n scores
+    "The score of resampled sequences; ValueError when no position counts"
+    wrong,counts = (x.to_numpy() for x in _sums(t))
+    a,k = np.c_[wrong, counts][counts.any(1)],wrong.shape[1]
+    if not len(a): raise ValueError('no position counts: there is nothing to draw samples from')
     total = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1/len(a)), n) @ a
-    return (total[:,:-1]/total[:,-1:]).mean(1)
+    return (total[:,:k]/total[:,k:]).mean(1)
 
 # %% ../nbs/04_train.ipynb #c6a384b5
 def compare(
@@ -1203,16 +1510,20 @@ def compare(
 )->tuple: # table with a row per run, figure
     "Scores with intervals, differences in configuration, size and cost; and the curves"
     rows,logs,cfgs_ = {},{},{}
-    for out in map(Path, runs):
+    if not runs: raise ValueError('no runs to compare: name one run folder or more')
+    runs = [Path(run) for run in runs]
+    for name,out in zip(short_names(runs), runs, strict=True):
         for f in ('cfg.json','log.jsonl'):
             if not (out/f).exists(): raise ValueError(f"{out/f}: no such file: give the folder of a run")
-        logs[out.name],cfgs_[out.name] = pd.DataFrame(read_log(out)),json.loads((out/'cfg.json').read_text())['cfg']
+        logs[name],cfgs_[name] = pd.DataFrame(read_log(out)),json.loads((out/'cfg.json').read_text())['cfg']
         m = json.loads((out/'metrics.json').read_text()) if (out/'metrics.json').exists() else {}
-        row = dict(official=m.get('scores', {}).get(m.get('model'), {}).get('official'))
+        own = m.get('scores', {}).get(m.get('model'), {})
+        row = dict(official=own.get('official'))
+        if own and 'official' not in own: row |= dict([headline(own)])
         if (out/'errors.parquet').exists():
             low,high = np.quantile(bootstrap(pd.read_parquet(out/'errors.parquet')), [.05, .95])
             row['90 % of samples'] = f'{low:.4f} to {high:.4f}'
-        rows[out.name] = row | dict(parameters=m.get('parameters'), minutes=round(logs[out.name].seconds.max()/60, 1))
+        rows[name] = row | dict(parameters=m.get('parameters'), minutes=round(logs[name].get('seconds', pd.Series([np.nan])).max()/60, 1))
     differ = [k for k in asdict(cfg_0) if len({repr(c.get(k)) for c in cfgs_.values()}) > 1]
     for name,c in cfgs_.items(): rows[name] |= {k: c.get(k) for k in differ}
     return pd.DataFrame(rows).T,plot_runs(logs)
@@ -1221,52 +1532,95 @@ def compare(
 def plot_runs(logs):
     "Held-out score, or training loss where there is none, over steps and over time"
     fig,axs = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout='constrained')
+    kinds = set()
     for name,d in logs.items():
-        d = d.dropna(subset='mae' if 'mae' in d else 'loss')
-        for ax,x in zip(axs, (d.step, d.seconds/60), strict=True): ax.plot(x, d['mae' if 'mae' in d else 'loss'], 'o-', ms=3, label=name)
-    axs[0].set(xlabel='step', ylabel='held-out official MAE'); axs[1].set(xlabel='minutes'); axs[1].legend(frameon=False); sns.despine(fig)
+        if not len(d): continue  # stopped before its first line
+        kind = 'mae' if 'mae' in d else 'loss'
+        kinds.add(f'held-out {mae_name(d)}' if kind == 'mae' else 'training loss')
+        d = d.dropna(subset=kind)
+        for ax,x in zip(axs, (d.step, d.seconds/60), strict=True): ax.plot(x, d[kind], 'o-', ms=3, label=name)
+    axs[0].set(xlabel='step', ylabel=', '.join(sorted(kinds))); axs[1].set(xlabel='minutes'); sns.despine(fig)
+    if kinds: axs[1].legend(frameon=False)
     return fig
 
 # %% ../nbs/04_train.ipynb #4197d904
+def _running(pid)->bool:
+    "Does this process run? A zombie, which nobody has asked for its exit code, does not"
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass
+    stat = Path(f'/proc/{pid}/stat')
+    return not stat.exists() or stat.read_text().rpartition(')')[2].split()[0] != 'Z'
+
+def _launched(out)->str: # what there is to say; '' when training has begun, or nobody launched
+    "How the papermill of `make train` is doing as long as it has not begun to train"
+    pid,status = out/'papermill.pid',out/'status.json'
+    if not pid.exists() or trains(out): return ''
+    if status.exists() and status.stat().st_mtime_ns > pid.stat().st_mtime_ns: return ''
+    if _running(int(pid.read_text())): return 'starting; data and model are read before the first step'
+    return f"ended before training began: {_reason(out/'papermill.log')}"
+
+# %% ../nbs/04_train.ipynb #17d7ce1e
+def _state(out, status, step)->tuple: # what the run does, its step
+    "Trains, finished, or stopped, with the step of its checkpoint"
+    if trains(out): return f"process {status['pid']} on {status['host']}",step
+    metrics = json.loads((out/'metrics.json').read_text()) if (out/'metrics.json').exists() else {}
+    if metrics.get('finished'): return 'finished',status['steps']
+    ck = latest(out)
+    if not ck: return 'stopped before anything was saved; start the same run again',step
+    return f"stopped at step {ck['pos']['step']} and saved; start the same run again to go on",ck['pos']['step']
+
+def _spark(values)->str: # a curve of up to 40 letters
+    low,high = values.min(),values.max()
+    level = [int(7*(b.mean() - low)/max(high - low, 1e-9)) for b in np.array_split(values, min(40, len(values)))]
+    return ''.join('▁▂▃▄▅▆▇█'[k] for k in level)
+
 def watch(out)->str: # text of a few lines
-    "How far a run is, how fast, how long still, and how its loss went"
+    "How far a run is, how fast, how long still, and how its loss went; ValueError when there is none"
     out = Path(out)
-    if not (out/'status.json').exists(): raise ValueError(f"{out}: no run has been started here")
-    status,log = json.loads((out/'status.json').read_text()),pd.DataFrame(read_log(out) if (out/'log.jsonl').exists() else [])
-    if not len(log): return f"{out.name}: process {status['pid']} on {status['host']}, nothing logged yet"
-    step,total,seconds = int(log.step.max()),status['steps'],log.seconds.max()
-    kind = 'loss' if 'loss' in log else 'mae'
-    loss,left = log[kind].dropna(),(total - step)*seconds/max(step, 1)
-    bins = np.array_split(loss.to_numpy(), min(40, len(loss)))
-    low,high = loss.min(),loss.max()
-    spark = ''.join('▁▂▃▄▅▆▇█'[int(7*(b.mean() - low)/max(high - low, 1e-9))] for b in bins)
-    who = f"process {status['pid']} on {status['host']}"
-    text = [f"{out.name}: {'finished' if (out/'metrics.json').exists() and step >= total else who}",
-            f"[{'#'*int(30*step/total):.<30}] step {step:,} of {total:,}, {status['sequences']/total*step/max(seconds, .1):.0f} sequences/s, {pd.Timedelta(seconds=round(left))} left",
-            f"{kind} {loss.iloc[-1]:.4f}  {spark}"]
-    if 'mae' in log: text.append(f"held-out official MAE {log.mae.dropna().iloc[-1]:.4f} after epoch {int(log.epoch[log.mae.notna()].iloc[-1])}")
+    name = short_names([out])[0]
+    if said := _launched(out): return f'{name}: {said}'
+    if not (out/'status.json').exists(): raise ValueError(f"{nearby(out)}: no run has been started here")
+    status,lines = json.loads((out/'status.json').read_text()),read_log(out) if (out/'log.jsonl').exists() else []
+    log,total = pd.DataFrame(lines),status['steps']
+    state,step = _state(out, status, int(log.step.max()) if lines else 0)
+    bar = f"[{'#'*int(30*step/total):.<30}] step {step:,} of {total:,}"
+    text = [f'{name}: {state}', f"data: {status['data']}"] if 'data' in status else [f'{name}: {state}']
+    if not lines: return '\n'.join([*text, f'{bar}, no loss logged yet'*(state != 'finished') or bar])
+    seconds,kind = log.seconds.max(),'loss' if 'loss' in log else 'mae'
+    left = pd.Timedelta(seconds=round((total - step)*seconds/max(log.step.max(), 1)))
+    text.append(f"{bar}, {status['sequences']/total*log.step.max()/max(seconds, .1):.0f} sequences/s, {left} left")
+    if len(loss := log[kind].dropna().to_numpy()): text.append(f'{kind} {loss[-1]:.4f}  {_spark(loss)}')
+    if 'mae' in log:
+        last = log.dropna(subset='mae').iloc[-1]
+        text.append(f'held-out {mae_name(log)} {last.mae:.4f} after epoch {int(last.epoch)}')
     return '\n'.join(text)
 
 # %% ../nbs/04_train.ipynb #b980126f
 @command()
 @click.argument('name', metavar='CFG', required=False)
-@click.option('--data', default='simulated', help="Store written by ribo_data, or 'simulated'.")
-@click.option('--run', '--out', 'out', type=click.Path(path_type=Path), help='Run folder (under torchrun say --out).  [default: datamount/runs/CFG]')
+@click.option('--data', default='', help="Store written by ribo_data, or 'simulated'.  [default: the one in datamount/parquet; for cfg_demo: simulated]")
+@click.option('--run', '--out', 'out', type=click.Path(path_type=Path), help='Run folder (under torchrun say --out).  [default: datamount/runs/CFG, with fold and seed where these are overridden]')
 @click.option('--overrides', default='{}', help='JSON: fields of the configuration that differ, e.g. \'{"lr": 1e-3}\'.')
 @click.option('--bpp', 'bpps', type=click.Path(path_type=Path),
               help='Folder of the BPP store.  [default: datamount/bpp]')
 @click.option('--all-folds', is_flag=True, help='One run for each fold of the store, in fold0, fold1, … of the run folder.')
+@click.option('--summary', 'table', is_flag=True, help='Only print what the model of CFG costs: parameters, arithmetic, memory.')
+@click.option('--dry-run', 'dry', is_flag=True, help='Only check configuration and data, and print the run folder.')
 @click.option('--watch', 'seen', type=click.Path(path_type=Path), help='Show how far the run in this folder is, until it ends.')
 @click.option('--stop', 'ended', type=click.Path(path_type=Path), help='Ask the run in this folder to save and stop.')
 @click.option('--diagnose', 'snapshot', type=click.Path(path_type=Path), help="Say where a snapshot.pt's step is not finite.")
-def ribo_train(name, data, out, overrides, bpps, all_folds, seen, ended, snapshot):
+def ribo_train(name, data, out, overrides, bpps, all_folds, table, dry, seen, ended, snapshot):
     "Train the configuration CFG (cfg_demo, cfg_0, cfg_mamba, …), or go on where it stopped. Exit code 75: asked to stop, and saved."
     if snapshot: click.echo(diagnose(snapshot)); return
     if seen: follow(seen); return
     if ended: click.echo(ask_to_stop(ended)); return
     if not name: raise click.UsageError('Give CFG, or --watch, --stop or --diagnose.')
-    out = out or datamount()/'runs'/name
     cfg,runs = make_cfg(name, overrides),[]
+    if table: click.echo(summary(cfg).to_string()); return
+    data = choose_data(name, data)
+    out = out or run_folder(name, replace(cfg, fold=make_cfg(name).fold) if all_folds else cfg)
+    if dry: click.echo(nearby(out)); return
     join_others(cfg)
     if all_folds:
         store = Store(sample_store() if data == 'simulated' else data)
@@ -1287,9 +1641,14 @@ def join_others(cfg):
     if gpu: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     dist.init_process_group('nccl' if gpu else 'gloo')
 
+def ending(out, metrics)->str: # one line
+    "Is anything left to do in a run folder?"
+    if not metrics['finished']: return f'{Path(out).name}: time was up before the end; start it again to go on'
+    return f"{Path(out).name}: finished, nothing is left to do; a new run needs another run folder"
+
 def report(out, metrics):
     if not metrics: return  # of a rank that is not the first
-    click.echo(f"{out}: {metrics['model']}, {metrics['parameters']:,} parameters" + '; time was up before the end: start it again to go on'*(not metrics['finished']))
+    click.echo(f"{nearby(out)}: {metrics['model']}, {metrics['parameters']:,} parameters, trained on {metrics['data']}\n{ending(out, metrics)}")
     if 'scores' in metrics: click.echo(pd.DataFrame(metrics['scores']).T.round(4).to_string())
 
 def trains(out)->bool: # does anybody train in this run folder?
@@ -1297,28 +1656,51 @@ def trains(out)->bool: # does anybody train in this run folder?
         with FileLock(Path(out)/'lock', blocking=False): return False
     except Timeout: return True
 
-def ask_to_stop(out)->str: # what was done
-    "SIGTERM to the process that trains in a run folder, if one does"
-    if not trains(out): return f'{out}: nothing trains here'
-    by = json.loads((Path(out)/'status.json').read_text())
-    if by['host'] != socket.gethostname(): return f"{out}: trains on {by['host']}; there: kill {by['pid']}"
-    os.kill(by['pid'], signal.SIGTERM)
-    return f"{out}: process {by['pid']} saves after its step and stops; start the same run again to go on"
-
 # %% ../nbs/04_train.ipynb #597f2d72
+def runs_of(out)->list: # run folders
+    "The runs that a folder stands for: itself, the folds inside it, and those beside it of another fold or seed"
+    out = Path(out)
+    beside = out.parent.iterdir() if out.parent.is_dir() else ()
+    beside = [p for p in beside if p.name.startswith(out.name) and re.fullmatch(r'(-fold-?\d+)?(-seed\d+)?', p.name[len(out.name):])]
+    found = [out, *sorted(out.glob('fold*')), *sorted(p for p in beside if p != out)]
+    return [p for p in found if any((p/f).exists() for f in ('status.json','papermill.pid'))]
+
+def _touched(out): # when a run last wrote what `watch` reads
+    names = 'papermill.pid','status.json','log.jsonl','metrics.json'
+    return max((out/n).stat().st_mtime_ns for n in names if (out/n).exists())
+
+def ask_to_stop(out)->str: # what was done
+    "SIGTERM to the process that trains in a run folder, or in one that it stands for"
+    alive = [p for p in runs_of(out) if trains(p)]
+    if not alive:
+        starting = [p for p in runs_of(out) if 'starting' in _launched(p)]
+        if not starting: return f'{nearby(out)}: nothing trains here'
+        os.kill(pid := int((starting[0]/'papermill.pid').read_text()), signal.SIGTERM)
+        return f'{nearby(starting[0])}: process {pid} is asked to end; it has not begun to train'
+    if len(alive) > 1 and Path(out) not in alive:
+        raise ValueError(f"several runs train: name one of {', '.join(nearby(p) for p in alive)}")
+    out = Path(out) if Path(out) in alive else alive[0]
+    by = json.loads((out/'status.json').read_text())
+    if by['host'] != socket.gethostname(): return f"{nearby(out)}: trains on {by['host']}; there: kill {by['pid']}"
+    os.kill(by['pid'], signal.SIGTERM)
+    return f"{nearby(out)}: process {by['pid']} saves after its step and stops; start the same run again to go on"
+
 def follow(out, every=5.):
-    "Print `watch`, again and again where somebody looks, until the run ends"
+    "Print `watch`, again and again where somebody looks, until the runs that a folder stands for have ended"
     while True:
-        text = watch(out)
+        runs = runs_of(out)
+        alive = [p for p in runs if trains(p) or 'starting' in _launched(p)]
+        newest = max(runs, key=_touched, default=Path(out))
+        text = '\n\n'.join(watch(p) for p in alive or [newest])
         click.echo(('\033[2J\033[H' if sys.stdout.isatty() else '') + text)
-        if not sys.stdout.isatty() or 'finished' in text.splitlines()[0]: return
+        if not sys.stdout.isatty() or not alive: return
         time.sleep(every)
 
 # %% ../nbs/04_train.ipynb #7a06fe41
 def launch(
     cfg:Cfg,
     processes:int, # on this machine, one per GPU
-    data='simulated', # the rest as for `train_run`
+    data, # the rest as for `train_run`
     out=None,
     bpps=None,
     show=lambda log: None,
