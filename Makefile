@@ -24,13 +24,13 @@ demo: install  ## data → BPPs → papermill run → submission and score; DATA
 	$B/ribo_infer $(TEST)/test_sequences.csv --ckpt $(DEMO) --out $(SUB) --bpp datamount/bpp --figures $(DEMO)/figures
 	$B/ribo_score $(SUB) $(TEST)/solution.parquet --test $(TEST)/test_sequences.csv --store $(STORE) --bpp datamount/bpp
 test: .venv/lab  ## every notebook's lessons, then what does not fit in a cell
-	$B/nbdev_test --n_workers 2 && $B/python -m pytest -q tests
+	$B/python .ci/notebooks.py test && $B/python -m pytest -q tests
 check: install  ## exported in step, notebooks clean, papermill's tag there, no back-edges
 	PATH="$(CURDIR)/$B:$$PATH" .ci/check
 export: install  ## nbs/ → ribo_nb/, and clean the notebooks
-	$B/nbdev_export && $B/nbdev_clean
+	$B/python .ci/notebooks.py export
 run: export  ## execute all notebooks in place: their outputs are committed
-	TQDM_DISABLE=1 $B/jupyter execute --inplace nbs/0*.ipynb && $B/nbdev_clean
+	TQDM_DISABLE=1 $B/jupyter execute --inplace $$($B/python .ci/notebooks.py) && $B/python .ci/notebooks.py export
 train: install  ## papermill run of CFG=cfg_0 on DATA=datamount/parquet/....parquet, in the background; run it again to go on
 	@mkdir -p $(RUN)
 	@$$(command -v setsid) nohup $B/papermill --no-progress-bar --log-output --autosave-cell-every 30 nbs/04_train.ipynb $(RUN)/train.ipynb -p cfg $(CFG) -p run $(RUN) $(if $(DATA),-p data "$(DATA)") > $(RUN)/papermill.log 2>&1 < /dev/null &
@@ -49,7 +49,7 @@ lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes; PORT=9
 lab-test: .venv/lab  ## a real JupyterLab whose browser is away for a minute and a half; the rest of its tests are in `make test`
 	LAB_TEST=1 $B/python -m pytest -q tests/test_lab.py
 docs: install  ## the book as HTML, in _docs/
-	$B/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
+	$B/jupyter nbconvert --to html --output-dir _docs $$($B/python .ci/notebooks.py)
 bench: install  ## seconds, peak memory and sequences per second of each stage of the demo (bench/data.py, bench/bpp.py: each on its own)
 	$B/python bench/demo.py
 clean:    ## remove .venv and what is generated; data and runs in datamount/ stay
