@@ -1,5 +1,7 @@
 """What git holds, and what commands may do to it."""
 import json
+import re
+import shlex
 import shutil
 import subprocess
 
@@ -59,4 +61,41 @@ def test_git_ignores_what_is_made_beside_the_book():
             '.jupyter_ystore.db', 'nbs/.jupyter_ystore.db-journal', 'datamount/raw/train_data.csv'}
     assert ignored(*made) == made
     book = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT/'nbs').glob('[0-9]*.ipynb') if '-' not in path.name)
-    assert ignored(*book, 'nbs/08_templates.ipynb', 'nbs/08a_refine.ipynb') == set()
+    assert ignored(*book, 'nbs/08_templates.ipynb', 'nbs/08a_refine.ipynb', 'datamount/README.md') == set()
+
+
+def dockerfile():
+    """Instructions of the Dockerfile → [(name, rest of its line)]."""
+    text = (ROOT/'Dockerfile').read_text().replace('\\\n', ' ')
+    return [tuple(line.split(None, 1)) for line in text.splitlines() if line and not line.startswith('#')]
+
+
+def test_docker_image_has_lab_and_its_commit():
+    """Lab is installed from what has been copied before, takes root and calls from outside; the commit is told."""
+    steps = dockerfile()
+    install = steps.index(('RUN', 'make .venv/lab'))
+    copied = ' '.join(rest for name, rest in steps[:install] if name == 'COPY')
+    makefile = (ROOT/'Makefile').read_text()
+    needed = re.findall(r'^\.venv/(?:lab|installed):(.*)$', makefile, re.M)
+    for path in ' '.join(needed).replace('.venv/installed', '').split():
+        assert path.split('/')[0] in copied.split(), f'{path} is not copied before Lab is installed'
+
+    config = next(rest for name, rest in steps if name == 'RUN' and '/etc/jupyter/jupyter_server_config.json' in rest)
+    server = json.loads(next(word for word in shlex.split(config) if word.startswith('{')))['ServerApp']
+    assert server == dict(allow_root=True, ip='0.0.0.0', open_browser=False)
+    assert ('ENV', 'RIBO_CODE_VERSION=$CODE_VERSION') in steps and ('ARG', 'CODE_VERSION=') in steps
+    assert '--build-arg CODE_VERSION=' in makefile
+
+
+def test_runs_in_an_image_record_the_commit(tmp_path, monkeypatch):
+    from ribo_nb.train import _code_version
+    monkeypatch.setenv('RIBO_CODE_VERSION', 'abc1234')
+    # No repository here, as in the image.
+    monkeypatch.chdir(tmp_path)
+    assert _code_version() == 'abc1234'
+    monkeypatch.delenv('RIBO_CODE_VERSION')
+    assert _code_version() is None
+    if (ROOT/'.git').exists():
+        monkeypatch.setenv('RIBO_CODE_VERSION', 'abc1234')
+        monkeypatch.chdir(ROOT)
+        assert _code_version() not in (None, 'abc1234')
