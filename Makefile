@@ -11,7 +11,7 @@ TEST   := datamount/parquet/$(NAME)-fold0
 DEMO   := datamount/runs/cfg_demo$(if $(DATA)$(filter-out 1000,$(N)),-$(NAME))
 RUN    ?= datamount/runs/$(CFG)
 SUB    := datamount/submission/$(NAME).parquet
-.PHONY: help install demo test check export run train watch stop board lab lab-test docs bench clean
+.PHONY: help install demo test check export run train watch stop board lab lab-test image docs bench clean
 
 help:     ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -48,6 +48,8 @@ lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes; PORT=9
 	$B/jupyter lab --notebook-dir nbs $(if $(PORT),--port $(PORT)) $(ARGS)
 lab-test: .venv/lab  ## a real JupyterLab whose browser is away for a minute and a half; the rest of its tests are in `make test`
 	LAB_TEST=1 $B/python -m pytest -q tests/test_lab.py
+image:    ## the Docker image ribo_nb, which knows its commit; docker run -p 8888:8888 ribo_nb make lab
+	docker build -t ribo_nb --build-arg CODE_VERSION="$$(git describe --always --exclude='*' --dirty=+)" .
 docs: install  ## the book as HTML, in _docs/
 	$B/jupyter nbconvert --to html --output-dir _docs $$($B/python .ci/notebooks.py)
 bench: install  ## seconds, peak memory and sequences per second of each stage of the demo (bench/data.py, bench/bpp.py: each on its own)
