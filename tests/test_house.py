@@ -1,10 +1,12 @@
 """What git holds, and what commands may do to it."""
+import importlib.util
 import json
 import re
 import shlex
 import shutil
 import subprocess
 
+import pandas as pd
 import pytest
 from helpers import BIN, ROOT, env
 
@@ -99,3 +101,55 @@ def test_runs_in_an_image_record_the_commit(tmp_path, monkeypatch):
         monkeypatch.setenv('RIBO_CODE_VERSION', 'abc1234')
         monkeypatch.chdir(ROOT)
         assert _code_version() not in (None, 'abc1234')
+
+
+def finished_run(folder, job, official):
+    """A run folder as training leaves it, reduced to what `collect` reads."""
+    folder.mkdir(parents=True)
+    scores = {job.cfg.model: dict(official=official)}
+    metrics = dict(model=job.cfg.model, scores=scores, parameters=1, finished=True, code=None)
+    (folder/'metrics.json').write_text(json.dumps(metrics))
+    (folder/'status.json').write_text(json.dumps(dict(sequences=10, steps=2)))
+    (folder/'starts.jsonl').write_text('{}\n')
+    (folder/'log.jsonl').write_text(json.dumps(dict(step=2, seconds=1.)) + '\n')
+    e = pd.DataFrame({'dataset_name': ['PK50_x'], 'length': [115], '2A3': [1.], 'DMS': [2.], 'positions': [9]})
+    e.to_parquet(folder/'errors.parquet')
+
+
+def test_battle_report_keeps_what_other_machines_measured(tmp_path):
+    """`bench/battle.py report` in a clone has no runs: results.json stays. With one run, that one line changes."""
+    from ribo_nb.battle import collect, plan
+    committed = ROOT/'bench'/'battle'
+    for name in ('results.json', 'errors.parquet'):
+        shutil.copy(committed/name, tmp_path)
+    before = {name: (tmp_path/name).read_bytes() for name in ('results.json', 'errors.parquet')}
+    with pytest.raises(ValueError, match='found no run with a metrics.json.*battle.py prepare'):
+        collect(tmp_path/'nothing', tmp_path)
+    assert before == {name: (tmp_path/name).read_bytes() for name in before}
+
+    old = json.loads(before['results.json'])
+    job = next(j for j in plan() if (j.table, j.what, j.k) == tuple(old[3][key] for key in ('table', 'what', 'k')))
+    finished_run(tmp_path/'battle'/'runs'/job.name, job, official=.5)
+    collect(tmp_path/'battle', tmp_path)
+    new = json.loads((tmp_path/'results.json').read_text())
+    assert new[3]['official'] == .5 and new[:3] + new[4:] == old[:3] + old[4:]
+    assert list(new[0]) == list(old[0]) and (tmp_path/'results.json').read_text().startswith('[\n {\n  "table"')
+
+    def others(t):
+        return t[(t.table != job.table) | (t.what != job.what) | (t.k != job.k)].reset_index(drop=True)
+    errors = pd.read_parquet(tmp_path/'errors.parquet')
+    pd.testing.assert_frame_equal(others(errors), others(pd.read_parquet(committed/'errors.parquet')))
+    assert len(errors) == len(others(errors)) + 1
+
+
+@pytest.mark.parametrize('command', ['report', 'ship'])
+def test_battle_without_its_inputs_says_so_and_writes_nothing(tmp_path, command):
+    from click.testing import CliRunner
+    spec = importlib.util.spec_from_file_location('bench_battle', ROOT/'bench'/'battle.py')
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    r = CliRunner().invoke(bench.main, ['--folder', str(tmp_path/'battle'), command])
+    assert r.exit_code == 1 and r.output.startswith('Error: ') and str(tmp_path/'battle') in r.output
+    if (ROOT/'.git').exists():
+        changed = run('git', 'status', '--porcelain', 'bench/battle', 'ribo_nb/weights', cwd=ROOT).stdout
+        assert changed == ''
