@@ -30,7 +30,7 @@ check: install  ## exported in step, notebooks clean, papermill's tag there, no 
 export: install  ## nbs/ → ribo_nb/, and clean the notebooks
 	$B/python .ci/notebooks.py export
 run: export  ## execute all notebooks in place: their outputs are committed
-	TQDM_DISABLE=1 $B/jupyter execute --inplace $$($B/python .ci/notebooks.py) && $B/python .ci/notebooks.py export
+	$B/python .ci/notebooks.py run
 train: install  ## papermill run of CFG=cfg_0 on DATA=datamount/parquet/....parquet, in the background; run it again to go on
 	@mkdir -p $(RUN)
 	@$$(command -v setsid) nohup $B/papermill --no-progress-bar --log-output --autosave-cell-every 30 nbs/04_train.ipynb $(RUN)/train.ipynb -p cfg $(CFG) -p run $(RUN) $(if $(DATA),-p data "$(DATA)") > $(RUN)/papermill.log 2>&1 < /dev/null &

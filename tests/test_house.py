@@ -5,10 +5,12 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pandas as pd
 import pytest
-from helpers import BIN, ROOT, env
+from helpers import BIN, ROOT, env, invoke
+from test_kaggle import stub, wheel  # noqa: F401 (fixtures)
 
 COPIES = ('out.ipynb', '04_train-Copy1.ipynb', '04_train (2).ipynb')
 
@@ -153,3 +155,65 @@ def test_battle_without_its_inputs_says_so_and_writes_nothing(tmp_path, command)
     if (ROOT/'.git').exists():
         changed = run('git', 'status', '--porcelain', 'bench/battle', 'ribo_nb/weights', cwd=ROOT).stdout
         assert changed == ''
+
+
+def test_dry_run_needs_no_account(stub, monkeypatch):  # noqa: F811
+    """The folders are written for a placeholder owner, and the command says so; with --user they are right."""
+    monkeypatch.delenv('KAGGLE_USERNAME')
+    monkeypatch.delenv('KAGGLE_KEY')
+    kernel = stub.project/'datamount'/'kaggle'/'cfg_demo'/'kernel'/'kernel-metadata.json'
+    r = invoke('ribo_kaggle', 'push', 'cfg_demo', '--dry-run', '--wheel', stub.extra)
+    assert r.exit_code == 0 and 'no Kaggle account' in r.output and '--user NAME' in r.output, r.output
+    assert json.loads(kernel.read_text())['id'] == 'your-kaggle-name/ribo-nb-cfg-demo'
+    r = invoke('ribo_kaggle', 'push', 'cfg_demo', '--dry-run', '--wheel', stub.extra, '--user', 'me')
+    assert r.exit_code == 0 and 'no Kaggle account' not in r.output
+    assert json.loads(kernel.read_text())['id'] == 'me/ribo-nb-cfg-demo'
+    # A real push goes on needing one.
+    r = invoke('ribo_kaggle', 'push', 'cfg_demo', '--wheel', stub.extra)
+    assert r.exit_code == 1 and 'no Kaggle account' in r.output and not stub.seen
+    r = invoke('ribo_kaggle', 'push', '--infer', 'cfg_demo', '--dry-run', '--wheel', stub.extra)
+    assert r.exit_code == 1 and 'nothing was pushed under the name cfg_demo' in r.output
+
+
+def test_dry_run_folders_are_taken_by_the_official_client(stub):  # noqa: F811
+    """The two commands that a dry run names, typed as they stand."""
+    r = invoke('ribo_kaggle', 'push', 'cfg_demo', '--dry-run', '--wheel', stub.extra)
+    kernel = re.search(r'then: (kaggle kernels push -p \S+)$', r.output.strip())[1]
+    dataset = re.search(r'^(\S+/dataset-code): ', r.output, re.M)[1]
+    created = run(BIN/'kaggle', 'datasets', 'create', '-p', dataset, cwd=stub.project)
+    assert 'Your private Dataset is being created' in created.stdout, created.stdout + created.stderr
+    files = stub.datasets['someone/ribo-nb-code'][0]
+    assert {name for name in files if name.endswith('.whl')} == {'extra-1-py3-none-any.whl', 'ribo_nb-0.1.0-py3-none-any.whl'}
+    pushed = run(BIN/kernel.split()[0], *kernel.split()[1:], cwd=stub.project)
+    assert 'version 1 successfully pushed' in pushed.stdout, pushed.stdout + pushed.stderr
+    assert stub.kernels['someone/ribo-nb-cfg-demo'][0]['datasetDataSources'] == ['someone/ribo-nb-code']
+
+
+@pytest.mark.parametrize('command', ['ribo_data', 'ribo_bpp', 'ribo_train', 'ribo_infer', 'ribo_score', 'ribo_kaggle'])
+def test_every_command_says_its_version(command):
+    from ribo_nb import __version__
+    r = invoke(command, '--version')
+    assert r.exit_code == 0 and r.output.replace('-', '_') == f'{command} {__version__}\n'
+
+
+def test_a_held_out_fold_is_not_reported_as_a_leak(mount, tmp_path):
+    from ribo_nb.data import Store
+    from ribo_nb.score import Sequences, report_overlap
+    store = Store(mount/'store.parquet')
+    said = report_overlap(Sequences(mount/'test'/'test_sequences.csv'), store)
+    assert said.endswith('store.parquet, all in its fold 0: a model that held out fold 0 has not seen them')
+    table = store.rows[['sequence_id', 'sequence']].drop_duplicates('sequence')
+    table.to_csv(tmp_path/'all.csv', index=False)
+    assert 'a model trained on it has seen some of them' in report_overlap(Sequences(tmp_path/'all.csv'), store)
+
+
+def test_committed_outputs_are_the_same_in_each_run():
+    """No folders or sizes of one machine in them; the pieces in which a stream arrives are joined."""
+    sys.path.insert(0, str(ROOT/'.ci'))
+    import notebooks
+    stream = [dict(output_type='stream', name='stderr', text=[text]) for text in ('/tmp/tmpab_12xyz/oom: 2', ' parts\n')]
+    assert notebooks.without_traces_of_this_run(stream) == [dict(stream[0], text=['/tmp/folder/oom: 2 parts\n'])]
+    for path in (ROOT/'nbs').glob('[0-9]*.ipynb'):
+        for cell in json.loads(path.read_text())['cells']:
+            said = json.dumps(cell.get('outputs', []), ensure_ascii=False)
+            assert not re.search(r'/tmp/tmp\w{8}|[0-9] MB\)', said), f'{path.name}, cell {cell["id"]}'
