@@ -23,6 +23,8 @@ demo: install  ## data → BPPs → papermill run → submission and score; DATA
 	@ls $(DEMO)/*.png $(DEMO)/*.json $(DEMO)/train.ipynb
 	$B/ribo_infer $(TEST)/test_sequences.csv --ckpt $(DEMO) --out $(SUB) --bpp datamount/bpp --figures $(DEMO)/figures
 	$B/ribo_score $(SUB) $(TEST)/solution.parquet --test $(TEST)/test_sequences.csv --store $(STORE) --bpp datamount/bpp
+	$B/ribo_score --runs $(DEMO) --report $(DEMO)/report.html
+	@echo "open $(DEMO)/report.html in a browser: curves and scores of this run (predicted profiles: $(DEMO)/figures)"
 test: .venv/lab  ## every notebook's lessons, then what does not fit in a cell
 	$B/python .ci/notebooks.py test && $B/python -m pytest -q tests
 check: install  ## exported in step, notebooks clean, papermill's tag there, no back-edges

@@ -217,3 +217,16 @@ def test_committed_outputs_are_the_same_in_each_run():
         for cell in json.loads(path.read_text())['cells']:
             said = json.dumps(cell.get('outputs', []), ensure_ascii=False)
             assert not re.search(r'/tmp/tmp\w{8}|[0-9] MB\)', said), f'{path.name}, cell {cell["id"]}'
+
+
+def test_readme_installs_before_its_first_command():
+    """A new user can type the first block as it stands; somebody who was sent a wheel finds the line for it."""
+    readme = (ROOT/'README.md').read_text()
+    first = re.search(r'```sh\n(.*?)```', readme, re.S)[1]
+    commands = [line.split()[0] for line in first.splitlines()]
+    assert commands == ['make', 'printf', 'ribo_infer'] and first.startswith('make install && . .venv/bin/activate')
+    assert readme.index('```sh') < readme.index('ribo_infer')
+    assert 'pip install ribo_nb-0.1.0-py3-none-any.whl' in readme
+    demo = run('make', '-n', 'demo', cwd=ROOT).stdout.strip().splitlines()
+    assert demo[-1].startswith('echo "open datamount/runs/cfg_demo/report.html')
+    assert '--report datamount/runs/cfg_demo/report.html' in demo[-2]
