@@ -12,10 +12,10 @@ DEMO   := datamount/runs/cfg_demo$(if $(DATA)$(filter-out 1000,$(N)),-$(NAME))
 OVERRIDES ?= {}
 RUN    ?=
 SUB    := datamount/submission/$(NAME).parquet
-.PHONY: help install demo test check export run train watch stop board lab docs bench clean
+.PHONY: help install demo test check export run train watch stop board lab lab-test image docs bench clean
 
 help:     ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/:/'
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
 install: .venv/installed  ## create .venv with the pinned environment (TORCH=... chooses another build of PyTorch)
 demo: install  ## data → BPPs → papermill run → submission and score; DATA=file takes real data, N=number of sequences
 	$B/ribo_data $(if $(DATA),"$(DATA)" --sample,--simulate) $(N) --out $(STORE) --holdout $(TEST)
@@ -24,14 +24,16 @@ demo: install  ## data → BPPs → papermill run → submission and score; DATA
 	@ls $(DEMO)/*.png $(DEMO)/*.json $(DEMO)/train.ipynb
 	$B/ribo_infer $(TEST)/test_sequences.csv --ckpt $(DEMO) --out $(SUB) --bpp datamount/bpp --figures $(DEMO)/figures
 	$B/ribo_score $(SUB) $(TEST)/solution.parquet --test $(TEST)/test_sequences.csv --store $(STORE) --bpp datamount/bpp
-test: install  ## every notebook's lessons, then what does not fit in a cell
-	$B/nbdev_test --n_workers 2 && $B/python -m pytest -q tests
+	$B/ribo_score --runs $(DEMO) --report $(DEMO)/report.html
+	@echo "open $(DEMO)/report.html in a browser: curves and scores of this run (predicted profiles: $(DEMO)/figures)"
+test: .venv/lab  ## every notebook's lessons, then what does not fit in a cell
+	$B/python .ci/notebooks.py test && $B/python -m pytest -q tests
 check: install  ## exported in step, notebooks clean, papermill's tag there, no back-edges
 	PATH="$(CURDIR)/$B:$$PATH" .ci/check
 export: install  ## nbs/ → ribo_nb/, and clean the notebooks
-	$B/nbdev_export && $B/nbdev_clean
+	$B/python .ci/notebooks.py export
 run: export  ## execute all notebooks in place: their outputs are committed
-	TQDM_DISABLE=1 $B/jupyter execute --inplace nbs/0*.ipynb && $B/nbdev_clean
+	$B/python .ci/notebooks.py run
 train: install  ## papermill run of CFG=cfg_0 on DATA=datamount/parquet/....parquet, in the background; run it again to go on
 	@run=$$($B/ribo_train $(CFG) --dry-run --overrides '$(OVERRIDES)' $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)")) || exit 1; \
 	mkdir -p "$$run"; \
@@ -47,10 +49,14 @@ stop: install  ## ask the run of CFG to save and stop
 board: install  ## the web page of tensorboard for all runs with tracker=tensorboard
 	$B/python -c 'import tensorboard' 2>/dev/null || $B/uv pip install -q --python $B/python -c constraints.txt tensorboard
 	$B/tensorboard --logdir datamount/runs
-lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes
-	$B/jupyter lab --notebook-dir nbs
+lab: .venv/lab  ## JupyterLab that keeps outputs when the browser closes; PORT=9999, ARGS='--no-browser' and the like
+	$B/jupyter lab --notebook-dir nbs $(if $(PORT),--port $(PORT)) $(ARGS)
+lab-test: .venv/lab  ## a real JupyterLab whose browser is away for a minute and a half; the rest of its tests are in `make test`
+	LAB_TEST=1 $B/python -m pytest -q tests/test_lab.py
+image:    ## the Docker image ribo_nb, which knows its commit; docker run -p 8888:8888 ribo_nb make lab
+	docker build -t ribo_nb --build-arg CODE_VERSION="$$(git describe --always --exclude='*' --dirty=+)" .
 docs: install  ## the book as HTML, in _docs/
-	$B/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
+	$B/jupyter nbconvert --to html --output-dir _docs $$($B/python .ci/notebooks.py)
 bench: install  ## seconds, peak memory and sequences per second of each stage of the demo (bench/data.py, bench/bpp.py: each on its own)
 	$B/python bench/demo.py
 clean:    ## remove .venv and what is generated; data and runs in datamount/ stay
@@ -63,5 +69,9 @@ clean:    ## remove .venv and what is generated; data and runs in datamount/ sta
 	$B/uv pip install -q --python $B/python --no-build-isolation --compile-bytecode -c constraints.txt -e '.[dev]'
 	$B/uv pip uninstall -q --python $B/python rfc3987-syntax  # optional, and 6 s slower to import than all the rest
 	touch $@
-.venv/lab: .venv/installed
-	$B/uv pip install -q --python $B/python --no-build-isolation -c constraints.txt -e '.[lab]' && $B/uv pip uninstall -q --python $B/python rfc3987-syntax && touch $@
+.venv/lab: .venv/installed lab/jupyter_server_config.py
+	$B/uv pip install -q --python $B/python --no-build-isolation -c constraints.txt -e '.[lab]'
+	$B/uv pip uninstall -q --python $B/python rfc3987-syntax
+	mkdir -p .venv/etc/jupyter
+	ln -sf "$(CURDIR)/lab/jupyter_server_config.py" .venv/etc/jupyter/
+	touch $@

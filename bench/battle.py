@@ -13,14 +13,18 @@ import os
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
 from ribo_nb.battle import battle_stores,by_noise,collect,floors,lookups,more_data,needed,parallel_work,plan,plot_ablation,ship,shipped_scores,speed,table_of,what_ships
-from ribo_nb.data import Store,datamount
+from ribo_nb.data import Command,Store,atomic,datamount
 
 here = Path(__file__).parent/'battle'
 
-@click.group(help=__doc__)
+class Commands(click.Group):
+    "What is wrong with the input is a message, not a traceback"
+    command_class = Command
+
+@click.group(cls=Commands, help=__doc__)
 @click.option('--folder', type=click.Path(path_type=Path), help='Stores, runs and predictions.  [default: datamount/battle]')
 @click.pass_context
-def main(ctx, folder): ctx.obj = folder or datamount()/'battle'
+def main(ctx, folder): ctx.obj = folder or Path(os.path.relpath(datamount()/'battle'))
 
 @main.command()
 @click.argument('raw')
@@ -55,10 +59,12 @@ def run(folder, table, shipped, hours, workers, threads):
 @click.pass_obj
 def ship_(folder, out):
     "Half-precision weights of the final runs, their ensemble and its error bars"
+    groups = folder/'groups.parquet'
+    if not groups.exists(): raise ValueError(f'{groups} is missing: without it the scans have no scores of their own (see prepare --help, --groups)')
     tables,rows = ship(folder, out),Store(folder/'check.parquet').rows
     here.mkdir(exist_ok=True)
-    for name,t in dict(shipped=shipped_scores(tables, rows, folder/'groups.parquet'), noise=by_noise(tables, rows)).items():
-        t.to_csv(here/f'{name}.csv', index=False)
+    for name,t in dict(shipped=shipped_scores(tables, rows, groups), noise=by_noise(tables, rows)).items():
+        with atomic(here/f'{name}.csv') as p: t.to_csv(p, index=False)
         click.echo(t.round(4).to_string(index=False) + '\n')
 
 @main.command()
@@ -72,7 +78,10 @@ def report(folder):
     errors = pd.read_parquet(here/'errors.parquet')
     for t in results.table.unique():
         if results[results.table == t].official.notna().any(): click.echo(f'\n{t}\n' + table_of(results, errors, t, 'cfg_0' if t in ('main','families','scaled') else None).to_string())
-    if (results.table == 'ablation').sum() > 1: plot_ablation(results, errors).savefig(here/'ablation.png', dpi=120)
+    if (results.table == 'ablation').sum() > 1: _save(plot_ablation(results, errors), here/'ablation.png')
+
+def _save(fig, path):
+    with atomic(path) as p: fig.savefig(p, dpi=120, format='png')
 
 @main.command('speed')
 @click.option('--length', default=170, show_default=True)

@@ -422,29 +422,62 @@ def with_interval(t, n=1000)->dict: # of 2A3, DMS and official: name, name_low, 
     return {k: v[0] for k,v in mae.items()} | {f'{k}_{w}': np.quantile(v[1:], q) for k,v in mae.items() for w,q in (('low', .05), ('high', .95))}
 
 # %% ../nbs/07_battle.ipynb #b6eacf4b
+def _result(run, job)->dict:
+    "The line of one run in results.json"
+    metrics = json.loads((run/'metrics.json').read_text())
+    status = json.loads((run/'status.json').read_text())
+    start = json.loads((run/'starts.jsonl').read_text().splitlines()[-1])
+    last = read_log(run)[-1]
+    scores = metrics.get('scores', {}).get(metrics['model'], {})
+    return dict(table=job.table, what=job.what, k=job.k, **scores, parameters=metrics['parameters'], finished=metrics['finished'],
+                presentations=int(status['sequences']*last['step']/status['steps']), steps=last['step'], seconds=last['seconds'],
+                device=start.get('gpu', 'CPU'), code=metrics['code'])
+
+def _errors_of_units(run, job, groups)->pd.DataFrame:
+    "The errors of one run, summed over what must not be counted twice"
+    e = pd.read_parquet(run/'errors.parquet')
+    unit = units(e.assign(cluster=0), groups) if groups else np.arange(len(e))
+    e = e.assign(unit=unit, library=e.dataset_name.str.split('_').str[0])
+    e = e.groupby(['unit','library','length'], as_index=False)[[*MODS, 'positions']].sum()
+    e = e[e.positions > 0].astype({mod: 'float32' for mod in MODS})
+    return e.assign(table=job.table, what=job.what, k=job.k)
+
+def _and_earlier(new, path)->pd.DataFrame:
+    "Rows of this machine's runs, and those of `path` that other machines' runs have left, in the plan's order"
+    place = {(job.table, job.what, job.k): i for i,job in enumerate(plan())}
+    of = lambda t: pd.Series([place.get(key, -1) for key in zip(t.table, t.what, t.k)], index=t.index, dtype=int)
+    old = pd.DataFrame()
+    if path.exists():
+        old = pd.read_parquet(path) if path.suffix == '.parquet' else pd.DataFrame(json.loads(path.read_text()))
+    if len(old):
+        at = of(old)
+        old = old[(at >= 0) & ~at.isin(of(new))]
+    both = pd.concat([t for t in (new, old) if len(t)], ignore_index=True)
+    return both.iloc[of(both).argsort(kind='stable')].reset_index(drop=True)
+
+# %% ../nbs/07_battle.ipynb #5c0e41ab
 def collect(
     folder, # of the battle
-    out, # gets results.json and errors.parquet
+    out, # has or gets results.json and errors.parquet
     groups=None, # the table of `battle_stores`
 )->pd.DataFrame: # a row per finished run
-    "What all finished runs have come to, small enough to be kept beside the code"
-    folder,rows,sums = Path(folder),[],[]
-    for job in plan():
-        run = folder/'runs'/job.name
-        if not (run/'metrics.json').exists(): continue
-        m,status,log = json.loads((run/'metrics.json').read_text()),json.loads((run/'status.json').read_text()),read_log(run)
-        start = json.loads((run/'starts.jsonl').read_text().splitlines()[-1])
-        rows.append(dict(table=job.table, what=job.what, k=job.k, **m.get('scores', {}).get(m['model'], {}), parameters=m['parameters'], finished=m['finished'],
-                         presentations=int(status['sequences']*log[-1]['step']/status['steps']), steps=log[-1]['step'], seconds=log[-1]['seconds'], device=start.get('gpu', 'CPU'), code=m['code']))
-        if (run/'errors.parquet').exists():
-            e = pd.read_parquet(run/'errors.parquet')
-            e = e.assign(unit=units(e.assign(cluster=0), groups) if groups else np.arange(len(e)), library=e.dataset_name.str.split('_').str[0])
-            e = e.groupby(['unit','library','length'], as_index=False)[[*MODS, 'positions']].sum()
-            sums.append(e[e.positions > 0].assign(table=job.table, what=job.what, k=job.k))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    (Path(out)/'results.json').write_text(json.dumps(rows, indent=1))
-    pd.concat(sums).astype({k: 'float32' for k in MODS}).reset_index(drop=True).to_parquet(Path(out)/'errors.parquet', compression='zstd')
-    return pd.DataFrame(rows)
+    "What all finished runs have come to, small enough to be kept beside the code; ValueError when there is none"
+    folder,out = Path(folder),Path(out)
+    runs = [(folder/'runs'/job.name, job) for job in plan()]
+    runs = [(run, job) for run,job in runs if (run/'metrics.json').exists()]
+    if not runs:
+        raise ValueError(f"{folder/'runs'}: found no run with a metrics.json, expected some of the plan: `python bench/battle.py prepare` "
+                         f"and `run` make them. What is in {out.name}/ stays as it is.")
+    results = pd.DataFrame([_result(run, job) for run,job in runs])
+    results = _and_earlier(results, out/'results.json')
+    sums = [_errors_of_units(run, job, groups) for run,job in runs if (run/'errors.parquet').exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    if sums:
+        sums = _and_earlier(pd.concat(sums), out/'errors.parquet')
+        with atomic(out/'errors.parquet') as p: sums.to_parquet(p, compression='zstd')
+    lines = [{k: v for k,v in line.items() if not pd.isna(v)} for line in results.astype(object).to_dict('records')]
+    with atomic(out/'results.json') as p: p.write_text(json.dumps(lines, indent=1))
+    return results
 
 # %% ../nbs/07_battle.ipynb #1c2f49c3
 MEMBERS = 'squeezeformer','mamba','squeezeformer-large'  # files; of each the run `final`, and its `sibling`, which says what it is worth
@@ -475,6 +508,9 @@ def ship(
     finals,siblings = ([f'{table}-{k}-0' for k in MEMBERS] for table in ('final','sibling'))
     if gone := [n for n in finals if not (folder/'runs'/n/'best.pt').exists()]:
         raise FileNotFoundError(f"{folder/'runs'}: no best.pt in {', '.join(gone)}: `python bench/battle.py run --shipped` trains them")
+    seen = {n: (r := Store(folder/f'{n}.parquet').rows).sequence[r.fold > -9].nunique() for n in ('even','1M7')}  # a table that is missing is missed before the first weights are written
+    vienna = BppStore(folder/'bpp', engine('vienna'))
+    vienna.fill(store.rows.sequence)
     rows = held_out(store, 0)
     preds = np.stack([np.concatenate([p[s] for s in store.rows.sequence.iloc[rows]]) for p in (fold_predictions(folder, n) for n in siblings)])
     y = np.concatenate([np.where(store.SN_filter[i].all(), store[i][0], np.nan) for i in rows])
@@ -486,11 +522,8 @@ def ship(
         save(out/f'{k}.pt', replace(ck['cfg'], start='', time_budget=0.), model=half(ck), seen=ck.get('seen'))
     model = load([out/f'{k}.pt' for k in MEMBERS])
     final = Ensemble(model.members, model.cfgs, model.paths, weights, calibration=calibrate(*mean_spread(p, weights), y))
-    seen = {n: (r := Store(folder/f'{n}.parquet').rows).sequence[r.fold > -9].nunique() for n in ('even','1M7')}
     data = f"{seen['even']:,} sequences of Ribonanza's libraries 15k, PK50 and PK90 (2A3, DMS), after {seen['1M7']:,} of EternaBench (1M7)"
     save_ensemble(out/'ensemble.json', final, flip=False, data=data, fitted=dict(held_out='folds 1 and 2', positions=len(y)))
-    vienna = BppStore(folder/'bpp', engine('vienna'))
-    vienna.fill(store.rows.sequence)
     cut,of = np.cumsum(store.rows.sequence.iloc[rows].str.len())[:-1],dict(zip(MEMBERS, preds, strict=True))
     of = {who: np.split(p, cut) for who,p in (of | dict(ensemble=np.einsum('k,knm->nm', weights, preds))).items()}
     of['lookup'] = context_lookup(store, np.flatnonzero(store.rows.fold != 0), rows, vienna)

@@ -203,9 +203,17 @@ def _fit_without(store, known, seqs, bpps):
     return fit_baselines(store, rows, bpp),bpp
 
 def report_overlap(seqs:Sequences, store:Store)->str:
-    known = set(store.rows.sequence)
-    n = sum(s in known for k in range(0, len(seqs), 4096) for s in seqs.take(k, k+4096).sequence)
-    return f'{n} of {len(seqs)} test sequences ({100*n/len(seqs):.1f} %) are in {store.path.name}'
+    "How many test sequences are in the store as well, and whether a model trained on it may have seen them"
+    fold_of = dict(zip(store.rows.sequence, store.rows.fold, strict=True))
+    folds = []
+    for k in range(0, len(seqs), 4096):
+        folds += [fold_of[s] for s in seqs.take(k, k+4096).sequence if s in fold_of]
+    said = f'{len(folds)} of {len(seqs)} test sequences ({100*len(folds)/len(seqs):.1f} %) are in {store.path.name}'
+    if not folds:
+        return said
+    if len(set(folds)) == 1 and folds[0] >= 0:
+        return f'{said}, all in its fold {folds[0]}: a model that held out fold {folds[0]} has not seen them'
+    return f'{said}, not as one held-out fold: a model trained on it has seen some of them, and its score is too good'
 
 # %% ../nbs/05b_score.ipynb #2e16e10f
 def out_of_fold(

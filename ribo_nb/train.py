@@ -1082,10 +1082,17 @@ def sample_store(
     return path
 
 def _code_version():
-    "Commit of the working tree, with a + when it has changes; None outside a repository"
-    git = lambda *a: subprocess.run(['git', *a], cwd=datamount().parent, capture_output=True, text=True).stdout.strip()
-    try: return git('rev-parse', '--short', 'HEAD') + '+'*bool(git('status', '--porcelain', '-uno')) or None
-    except OSError: return None
+    "Commit of the working tree, with a + when it has changes; a Docker image has $RIBO_CODE_VERSION instead; else None"
+    def git(*arguments):
+        return subprocess.run(['git', *arguments], cwd=datamount().parent, capture_output=True, text=True).stdout.strip()
+    try:
+        commit = git('rev-parse', '--short', 'HEAD')
+        changes = git('status', '--porcelain', '-uno')
+    except OSError:
+        commit = changes = ''
+    if commit and changes:
+        commit += '+'
+    return commit or os.environ.get('RIBO_CODE_VERSION') or None
 
 # %% ../nbs/04_train.ipynb #5b0c7a11
 import re
