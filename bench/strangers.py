@@ -19,7 +19,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
+from battle_data import LEFT_OUT, read_groups, refold, store_path
 from scipy.optimize import minimize
 
 from ribo_nb.bpp import BppStore
@@ -88,23 +88,17 @@ def home() -> Path:
 def prepare(raw, groups):
     "RAW, Kaggle's wide table, and its GROUPS → a store with viruses and libraries as folds"
     home().mkdir(parents=True, exist_ok=True)
-    write_store(raw, home()/'base.parquet')
-    store = Store(home()/'base.parquet')
+    write_store(raw, store_path(home(), 'base'))
+    store = Store(store_path(home(), 'base'))
     rows = store.rows
-    known = pd.read_parquet(groups).drop_duplicates('sequence_id').set_index('sequence_id')
+    known = read_groups(groups)
     known = known.loc[known.index.isin(rows.sequence_id[store.SN_filter.all(1)])]
     known = known[thinned(known.family)]
     family = rows.sequence_id.map(known.family)
     usable = family.notna() & store.SN_filter.all(1)
-    fold = np.full(len(rows), -9, np.int16)
+    fold = np.full(len(rows), LEFT_OUT, np.int16)
     fold[usable] = [left_out_with(f) for f in family[usable]]
-    table = pq.read_table(store.path)
-    column = table.schema.get_field_index('fold')
-    table = table.set_column(column, 'fold', [fold]).filter(fold >= 0)
-    meta = store.meta | dict(split='whole viruses and libraries', n_fold=3)
-    table = table.replace_schema_metadata({'ribo_nb': json.dumps(meta)})
-    with atomic(home()/'strangers.parquet') as path:
-        pq.write_table(table, path, compression='zstd', write_page_checksum=True)
+    refold(store, store_path(home(), 'strangers'), fold, 'whole viruses and libraries')
     known.reset_index()[['sequence_id', 'source', 'family']].to_parquet(home()/'families.parquet')
     click.echo(pd.crosstab(family[usable], fold[usable]).to_string())
 
@@ -112,7 +106,7 @@ def prepare(raw, groups):
 @main.command()
 def train():
     "Train what has not been trained yet, and keep what each network says of what it has not seen"
-    store = Store(home()/'strangers.parquet')
+    store = Store(store_path(home(), 'strangers'))
     for name, cfg in networks().items():
         for fold in range(3):
             cfg = replace(cfg, fold=fold)
@@ -141,7 +135,7 @@ def sampled(store: Store, families: pd.Series) -> np.ndarray:  # row numbers
 @main.command()
 def shipped():
     "What the shipped networks say of a sample, which they were trained on, and how far they differ"
-    store = Store(home()/'strangers.parquet')
+    store = Store(store_path(home(), 'strangers'))
     families = pd.read_parquet(home()/'families.parquet').set_index('sequence_id').family
     model = load(device='cpu')
     rows = sampled(store, families)
@@ -325,7 +319,7 @@ STRETCH = 1.05
 @click.option('--dry-run', is_flag=True, help='Leave ensemble.json as it is.')
 def fit(dry_run):
     "Error bars for two kinds of RNA into ensemble.json; what they hold into strangers.csv"
-    store = Store(home()/'strangers.parquet')
+    store = Store(store_path(home(), 'strangers'))
     sample = load_sample(store, np.load(home()/'shipped_rows.npy'), np.load(home()/'shipped.npy'))
     ensemble = json.loads(SHIPPED.read_text())
     old = ensemble['calibration']

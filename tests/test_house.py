@@ -1,5 +1,4 @@
 """What git holds, and what commands may do to it."""
-import importlib.util
 import json
 import re
 import shlex
@@ -120,7 +119,8 @@ def finished_run(folder, job, official):
 
 def test_battle_report_keeps_what_other_machines_measured(tmp_path):
     """`bench/battle.py report` in a clone has no runs: results.json stays. With one run, that one line changes."""
-    from ribo_nb.battle import collect, plan
+    from battle_plan import plan
+    from battle_results import collect
     committed = ROOT/'bench'/'battle'
     for name in ('results.json', 'errors.parquet'):
         shutil.copy(committed/name, tmp_path)
@@ -142,15 +142,16 @@ def test_battle_report_keeps_what_other_machines_measured(tmp_path):
     errors = pd.read_parquet(tmp_path/'errors.parquet')
     pd.testing.assert_frame_equal(others(errors), others(pd.read_parquet(committed/'errors.parquet')))
     assert len(errors) == len(others(errors)) + 1
+    # What no plan names any longer, too.
+    planned = {(job.table, job.what, job.k) for job in plan()}
+    assert any((line['table'], line['what'], line['k']) not in planned for line in new)
 
 
 @pytest.mark.parametrize('command', ['report', 'ship'])
 def test_battle_without_its_inputs_says_so_and_writes_nothing(tmp_path, command):
+    import battle
     from click.testing import CliRunner
-    spec = importlib.util.spec_from_file_location('bench_battle', ROOT/'bench'/'battle.py')
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    r = CliRunner().invoke(bench.main, ['--folder', str(tmp_path/'battle'), command])
+    r = CliRunner().invoke(battle.main, ['--folder', str(tmp_path/'battle'), command])
     assert r.exit_code == 1 and r.output.startswith('Error: ') and str(tmp_path/'battle') in r.output
     if (ROOT/'.git').exists():
         changed = run('git', 'status', '--porcelain', 'bench/battle', 'ribo_nb/weights', cwd=ROOT).stdout

@@ -767,7 +767,7 @@ def test_a_run_that_would_claim_what_it_never_did_does_not_begin(data, tmp_path)
 
 
 def test_named_configurations_and_the_plan_of_the_battle_hold_nothing_unread():
-    from ribo_nb.battle import plan
+    from battle_plan import plan
     for cfg in [*train.cfgs.values(), *(job.cfg for job in plan())]:
         train.check_read(cfg, FIELDS)
 
