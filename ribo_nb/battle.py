@@ -21,6 +21,7 @@ from scipy.sparse import coo_matrix,csr_matrix
 from scipy.sparse.csgraph import connected_components
 from .data import *
 from .bpp import *
+from .bpp_store import *
 from .squeezeformer import *
 from .train import *
 from .infer import *
