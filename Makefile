@@ -27,7 +27,7 @@ demo: install  ## data → BPPs → papermill run → submission and score; DATA
 	$B/ribo_score --runs $(DEMO) --report $(DEMO)/report.html
 	@echo "open $(DEMO)/report.html in a browser: curves and scores of this run (predicted profiles: $(DEMO)/figures)"
 test: .venv/lab  ## every notebook's lessons, then what does not fit in a cell
-	$B/python .ci/notebooks.py test && $B/python -m pytest -q tests
+	$B/python .ci/notebooks.py test && $B/python -m pytest -q -n 2 tests
 check: install  ## exported in step, notebooks clean, papermill's tag there, no back-edges
 	PATH="$(CURDIR)/$B:$$PATH" .ci/check
 export: install  ## nbs/ → ribo_nb/, and clean the notebooks

@@ -490,10 +490,14 @@ def test_time_budget_stops_in_time_and_goes_on(data, tmp_path, clock, monkeypatc
 def test_the_tracker_gets_every_line(tmp_path):
     for name, want in (('none', []), ('tensorboard', [1, 2, 3])):
         seen = []
-        with train.tracking(make_cfg('cfg_demo', dict(tracker=name)), tmp_path,
-                            dict(tensorboard=lambda out, cfg, seen=seen: (seen.append, lambda: None))) as put:
-            for k in (1, 2, 3):
-                put(k)
+
+        def sink(numbers, step, files, seen=seen):
+            seen.append(step)
+
+        sinks = dict(tensorboard=lambda out, cfg, sink=sink: (sink, lambda: None))
+        with train.tracking(make_cfg('cfg_demo', dict(tracker=name)), tmp_path, sinks) as put:
+            for step in (1, 2, 3):
+                put(dict(step=step))
         assert seen == want
 
 

@@ -275,8 +275,10 @@ def test_one_modifier_is_trained_and_its_score_is_named(dms, tmp_path):
     table, fig = train.compare([tmp_path/'one'])
     assert table.official.isna().all() and abs(table['MAE of DMS'].iloc[0] - own['DMS']) < 1e-9
     assert 'MAE of DMS' in fig.axes[0].get_ylabel()
-    assert 'has learnt DMS only' in invoke('ribo_infer', dms/'none.fasta', '--ckpt', tmp_path/'one', '--out',
-                                           tmp_path/'o.csv').output
+    (tmp_path/'x.fasta').write_text('>x\nGGGAAAACCC\n')
+    said = invoke('ribo_infer', tmp_path/'x.fasta', '--ckpt', tmp_path/'one', '--out', tmp_path/'o.csv',
+                  '--no-structure').output
+    assert 'has learnt DMS only' in said
 
 
 def test_a_solution_with_one_modifier_is_scored_by_it(dms, tmp_path):
