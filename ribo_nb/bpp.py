@@ -293,12 +293,14 @@ def weights(v: dict) -> Weights:  # v from `read_contrafold`
         free=np.exp([v[term] for term in SINGLE_TERMS]),
     )
 
-# %% ../nbs/01_bpp.ipynb #1b62d7c2
+# %% ../nbs/01_bpp.ipynb #481d0ad3
+@np.errstate(under='ignore')  # what is too small for a double is zero, also where the process wants an error
 def scaled(w: Weights, n: int, scale: float) -> Weights:
     "The weights of a sequence of n nucleotides, each nucleotide's share divided by `scale`"
     length = np.arange(max(n, 1))
     w = w._replace(hairpin=w.hairpin[np.minimum(length, 30)])
     if scale == 1: return w
+    scale = np.float64(scale)
     n_unpaired = np.arange(31.)[:, None] + np.arange(32)
     by_kernel = (scale**-n_unpaired).reshape(31, 4, 8)
     by_term = scale**-np.array([0, 0, 1., 0, 1])  # only what is counted per unpaired nucleotide
