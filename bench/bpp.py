@@ -2,7 +2,8 @@
 import os,resource,tempfile,time
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
-from ribo_nb.bpp import *
+from ribo_nb.bpp import engine
+from ribo_nb.bpp_store import BppStore,sparse
 from ribo_nb.data import FLANK3,FLANK5,read_table
 
 def rounds(ways, items, n):
@@ -34,8 +35,6 @@ def main(n, table, params, long):
     for length,k in ((107, 8), (177, 6), *([(457, 2)] if long else [])):
         seqs = [''.join(rng.choice(list('ACGU'), length)) for _ in range(k)]
         ways = {'native': lambda s: sparse(fold, s), 'ViennaRNA': folded}
-        for name in ('eternafold','contrafold'):
-            if engines[name].where(): ways[f"{name}'s binary"] = (lambda e: lambda s: e.pairs(s, 1e-3))(engine(name))
         d = rounds(ways, seqs, n)
         click.echo(f'\n{length} nt, CPU ms per sequence, ratio to native\n{d.round(2).to_string()}')
     seqs = [''.join(rng.choice(list('ACGU'), 177)) for _ in range(6)]
@@ -56,7 +55,7 @@ def store(fold, table, n):
             b = BppStore(Path(d)/str(jobs), fold)
             t = time.perf_counter(); b.fill(seqs, jobs); two[jobs] = time.perf_counter() - t
         click.echo(f'\nstore: {len(seqs)} sequences, {len(seqs)/two[1]:.0f} per second with one process, {len(seqs)/two[2]:.0f} with two (×{two[1]/two[2]:.2f}, start-up of the workers included)')
-        size = sum(p.stat().st_size for p in b.folder.glob('*.bin'))
+        size = sum(p.stat().st_size for p in b.folder.glob('*.sqlite'))
         click.echo(f'{size/len(seqs):.0f} bytes per sequence, {size/sum(4*len(s)**2 for s in seqs):.2%} of dense float32')
         batch = (seqs*32)[:32]
         for k,s in enumerate(batch): np.save(f'{d}/{k}.npy', b([s])[0].numpy())

@@ -115,7 +115,7 @@ def loaders(store_path, raw, seconds, folder):
 def with_bpp(store, length, rate, folder, n=256):
     "The same with base-pair probabilities: our sparse store, and one dense .npy per sequence"
     import torch
-    from ribo_nb.bpp import BppStore
+    from ribo_nb.bpp_store import BppStore
     from ribo_nb.data import epoch_batches,training_batch
     rows = np.argsort(-length, kind='stable')[:n]
     seqs,bpps = store.rows.sequence.iloc[rows].tolist(),BppStore(folder/'bpp')

@@ -3,7 +3,7 @@ import multiprocessing,resource,statistics,tempfile,time
 from dataclasses import replace
 from pathlib import Path
 import click,numpy as np,pandas as pd,torch
-from ribo_nb.bpp import BppStore
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import collate
 from ribo_nb.infer import Ensemble,Job,Sequences,join,run_job
 from ribo_nb.train import build,cfgs,predict_sequences

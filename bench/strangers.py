@@ -22,7 +22,7 @@ import pandas as pd
 from battle_data import LEFT_OUT, read_groups, refold, store_path
 from scipy.optimize import minimize
 
-from ribo_nb.bpp import BppStore
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import FLANK3, FLANK5, MODS, Store, atomic, datamount, held_out, write_store
 from ribo_nb.infer import SHIPPED, Spread, features, interval, kind_features, load, predict
 from ribo_nb.score import LEVELS, quantile_regression

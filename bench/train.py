@@ -3,7 +3,7 @@ import statistics,tempfile,time
 from dataclasses import replace
 from pathlib import Path
 import click,pandas as pd,torch
-from ribo_nb.bpp import BppStore
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import Store
 from ribo_nb.train import Trainer,build,cfgs,record,sample_store,tracking
 

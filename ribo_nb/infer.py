@@ -22,6 +22,7 @@ from pathlib import Path
 from torch import nn
 from .data import *
 from .bpp import *
+from .bpp_store import *
 from .structure import *
 from .train import *
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from .data import *
 from .bpp import *
+from .bpp_store import FILE_NAME,store_folder
 from .train import *
 from .score import check_submission
 
@@ -189,7 +190,7 @@ def begin(
     data = _kernel_store(spec, root, scratch)
     if spec['bpps'] and not (to := scratch/'bpp'/spec['bpps']).exists():
         to.mkdir(parents=True)
-        for n in ('key.json','index.bin','pairs.bin'): shutil.copyfile(data.parent/n, to/n)  # came with the store
+        shutil.copyfile(data.parent/FILE_NAME, to/FILE_NAME)  # came with the store
     return SimpleNamespace(cfg=spec['cfg'], overrides=json.dumps(json.loads(spec['overrides']) | dict(time_budget=_hours_left(spec, began))), data=str(data), run=str(run),
                            bpps=str(scratch/'bpp'), processes=max(1, len(cards)))
 
@@ -639,7 +640,7 @@ def prepare(
     spec = spec | dict(wheels={p.name: sha256(p) for p in (whl, *more)}, nonce=uuid.uuid4().hex)
     if data:
         name = store_folder('', folding(make_cfg(spec['cfg'], spec['overrides'])), 1e-3).name if bpps else ''
-        have = sorted((Path(bpps)/name).glob('*.[bj]*')) if bpps and (Path(bpps)/name/'pairs.bin').exists() else []
+        have = sorted((Path(bpps)/name).glob(FILE_NAME)) if bpps else []
         spec |= dict(store=[Path(data).name, sha256(data)], bpps=name if have else '')
         sets.append(_dataset_folder(place/'dataset-data', user, _data_title(data), [data, *have]))
     refs = [json.loads((d/'dataset-metadata.json').read_text())['id'] for d in sets]

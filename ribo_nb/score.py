@@ -15,6 +15,7 @@ from pathlib import Path
 from scipy.optimize import minimize
 from .data import *
 from .bpp import *
+from .bpp_store import *
 from .structure import *
 from .train import *
 from .infer import *

@@ -1,5 +1,10 @@
+import sys
+
 import pytest
-from helpers import invoke
+from helpers import ROOT, invoke
+
+sys.path.insert(0, str(ROOT/'bench'))  # tests compare with what the benchmarks compare with
+
 from ribo_nb.data import simulate
 
 @pytest.fixture(scope='session')

@@ -1,8 +1,11 @@
 "Folding: engines against references and failures; the store under kills, rivals, full disks and damage."
 import json,os,random,signal,subprocess,sys,threading,time
+import shutil
+from pathlib import Path
 import joblib,numpy as np,pandas as pd,pytest
 from helpers import REAL,call,env,invoke,start
 from ribo_nb.bpp import *
+from ribo_nb.bpp_store import FILE_NAME, BppStore, store_key
 from ribo_nb.data import simulate
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f'{REAL} is not here')
@@ -10,10 +13,9 @@ PARAMS = REAL.parent/'reference'/'EternaFoldParams.v1'
 
 def records(bpps):
     "Everything in a store, by sequence hash"
-    lines,pairs = bpps.files.lines,bpps.files.pairs
-    out = {x['hash'].tobytes(): pairs[int(x['start']):int(x['start']+x['n'])].tobytes() for x in lines}
-    assert len(out) == len(lines)  # nobody twice
-    return out
+    rows = bpps.db.connection.execute('select hash, pairs from bpp').fetchall()
+    assert len(dict(rows)) == len(rows)  # nobody twice
+    return dict(rows)
 
 @pytest.fixture(scope='module')
 def rnas(): return simulate(120, seed=8).sequence.drop_duplicates().tolist()
@@ -80,7 +82,7 @@ def test_full_disk_keeps_what_is_stored(rnas, tmp_path):
     "No file may grow beyond 40 kB, as on a full disk"
     code = f'''
 import resource,sys
-from ribo_nb.bpp import *
+from ribo_nb.bpp_store import BppStore
 b = BppStore({str(tmp_path)!r}); b.fill({rnas[:5]!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 try: b.fill({rnas!r})
@@ -92,67 +94,145 @@ except ValueError as e: print(e)
     assert len(b) == 5 and b.fill(rnas) == len(rnas)-5
     assert not b.missing(rnas) and b(rnas[:8]).isfinite().all()
 
+def damaged_copies(data, rng):
+    "A file cut at three places, with garbage behind it, and with a flipped bit at ten places"
+    for part in (.3, .6, .95):
+        yield data[:int(len(data)*part)]
+    yield data + b'torn tail'
+    for at in rng.integers(len(data), size=10):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << int(rng.integers(8))
+        yield bytes(flipped)
+
+
 def test_damage_is_named_and_mended(rnas, tmp_path):
+    "Whatever is damaged is noticed or harmless; --repair keeps what is whole, the rest is folded again"
     table = tmp_path/'t.csv'
     pd.DataFrame(dict(sequence=rnas[:20])).to_csv(table, index=False)
     assert invoke('ribo_bpp', table, '--out', tmp_path/'b').exit_code == 0
     b = BppStore(tmp_path/'b')
     good = records(b)
-    for name,change in (('index.bin', lambda x: x[:100] + bytes([x[100] ^ 4]) + x[101:]), ('index.bin', lambda x: x[:-13]), ('pairs.bin', lambda x: x[:len(x)//2]),
-                        ('pairs.bin', lambda x: x + b'torn tail'), ('pairs.bin', lambda x: x[:50] + bytes([x[50] ^ 1]) + x[51:])):
-        (b.folder/name).write_bytes(change((b.folder/name).read_bytes()))
-        r = invoke('ribo_bpp', table, '--out', tmp_path/'b')
-        if r.exit_code:
-            assert '--repair' in r.output
-            assert invoke('ribo_bpp', table, '--out', tmp_path/'b', '--repair').exit_code == 0
-        else:
-            try: BppStore(tmp_path/'b')(rnas[:20])
-            except ValueError as e: assert '--repair' in str(e) and invoke('ribo_bpp', table, '--out', tmp_path/'b', '--repair').exit_code == 0
+    whole = b.db.path.read_bytes()
+    dense = b(rnas[:20])
+    n_noticed = 0
+    for data in damaged_copies(whole, np.random.default_rng(3)):
+        b.db.path.write_bytes(data)
+        try:
+            assert (BppStore(tmp_path/'b')(rnas[:20]) == dense).all()
+        except ValueError as error:
+            assert '--repair' in str(error) or 'no BPP yet' in str(error)
+            n_noticed += 1
+        assert invoke('ribo_bpp', table, '--out', tmp_path/'b', '--repair').exit_code == 0
         assert records(BppStore(tmp_path/'b')) == good
-    (b.folder/'key.json').write_text(json.dumps(b.key | dict(version=1)))
-    r = invoke('ribo_bpp', table, '--out', tmp_path/'b')
-    assert r.exit_code == 1 and 'was made with' in r.output
+    assert n_noticed >= 3
 
-FAKE = '''#!{python}
-import json,sys,time
-from pathlib import Path
-a = sys.argv[1:]
-assert a[0] == 'predict'
-files,out = [x for x in a[1:] if x.endswith('.fa')],Path(a[-1])
-known = json.loads(Path({known!r}).read_text())
-for f in files:
-    s = Path(f).read_text().split()[1]
-    if s.startswith('AAAAA'): time.sleep(100)
-    if s.startswith('CCCCC'): sys.exit('cannot fold this')
-    text = '1 G 2:1.7' if s.startswith('UUUUU') else '1 G 999:0.5' if s.startswith('GUGUG') else known.get(s, '')
-    (out/Path(f).name if len(files) > 1 else out).write_text(text)
+
+def test_a_store_of_another_key_is_refused(rnas, tmp_path):
+    b = BppStore(tmp_path)
+    with b.db.transaction() as connection:
+        connection.execute("update about set value = '{}' where name = 'key'")
+    with pytest.raises(ValueError, match='was made with'):
+        BppStore(tmp_path)
+
+
+OLD = Path(__file__).parent/'old'
+
+
+def test_a_store_of_version_2_opens_and_nothing_is_folded_again(tmp_path):
+    "Its files were written at cc70475; afterwards they are not needed any more"
+    expected = json.loads((OLD/'expected.json').read_text())
+    shutil.copytree(OLD/'bpp_v2', tmp_path/'bpp')
+    b = BppStore(tmp_path/'bpp')
+    assert b.missing(expected['sequences']) == []
+    paired = [float(b([s]).sum()) for s in expected['sequences']]
+    assert paired == pytest.approx(expected['paired'], abs=1e-3)
+    for name in ('key.json', 'index.bin', 'pairs.bin'):
+        (b.folder/name).unlink()
+    assert len(BppStore(tmp_path/'bpp')) == len(expected['sequences'])
+
+
+def test_a_damaged_store_of_version_2_gives_what_is_whole(tmp_path):
+    expected = json.loads((OLD/'expected.json').read_text())
+    shutil.copytree(OLD/'bpp_v2', tmp_path/'bpp')
+    pairs = next((tmp_path/'bpp').glob('*/pairs.bin'))
+    data = bytearray(pairs.read_bytes())
+    data[45] ^= 4
+    pairs.write_bytes(data)
+    assert len(BppStore(tmp_path/'bpp').missing(expected['sequences'])) == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='needs root, to become somebody else')
+def test_a_store_in_a_folder_that_cannot_be_written(rnas, tmp_path):
+    "As Kaggle's input: it is read, and filling it says what to do"
+    BppStore(tmp_path/'b').fill(rnas[:4])
+    for path in (tmp_path, *tmp_path.rglob('*')):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    code = f'''
+import os
+from ribo_nb.bpp_store import BppStore
+BppStore().fill(['GGGAAACCC'], quiet=True)  # all modules are loaded before it becomes somebody else
+os.setuid(12345)
+b = BppStore({str(tmp_path/'b')!r})
+print(b({rnas[:4]!r}).shape[0])
+try: b.fill(['GGGAAACCCAAA'], quiet=True)
+except ValueError as error: print(error)
 '''
+    for folder in (tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    try:
+        r = subprocess.run([sys.executable, '-c', code], env=env(), capture_output=True, text=True)
+    finally:
+        for path in (tmp_path, *tmp_path.rglob('*')):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert r.stdout.startswith('4') and 'see that the folder may be written' in r.stdout, r.stdout + r.stderr
 
-def test_binary_engine_in_batches_with_failures(rnas, tmp_path, monkeypatch):
-    "A stand-in for CONTRAfold's program that speaks its language; four sequences make it hang, fail and talk nonsense"
-    fold,known = engine('native'),{}
-    for s in rnas[:20] + ['GGGGAAAACCCC']:
-        rows = [f'{k+1} {c}' for k,c in enumerate(s)]
-        for i,j,p in zip(*fold.pairs(s, 1e-4), strict=True): rows[i] += f' {j+1}:{p:.6f}'
-        known[s] = '\n'.join(rows)
-    (tmp_path/'known.json').write_text(json.dumps(known))
-    binary = tmp_path/'contrafold'
-    binary.write_text(FAKE.format(python=sys.executable, known=str(tmp_path/'known.json')))
-    monkeypatch.setenv('CONTRAFOLD_PATH', str(binary))
-    monkeypatch.setenv('TMPDIR', str(tmp_path/'tmp')); (tmp_path/'tmp').mkdir(); monkeypatch.setattr('tempfile.tempdir', None)
-    with pytest.raises(ValueError, match='chmod'): engine('contrafold')
-    binary.chmod(0o755)
-    bad = [f'{c}GGGAAAACCC' for c in ('AAAAA','CCCCC','UUUUU','GUGUG')]
-    b = BppStore(tmp_path/'b', engine('contrafold'))
-    with pytest.raises(ValueError, match='4 of 24 sequences have no BPP'): b.fill(rnas[:20] + bad, limit=2)
+
+def test_a_connection_does_not_cross_a_fork(rnas, tmp_path):
+    "A child that was forked off reads and writes by a connection of its own; the parent's goes on"
+    b = BppStore(tmp_path)
+    b.fill(rnas[:4], n_jobs=1, quiet=True)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            b.fill(rnas[4:8], n_jobs=1, quiet=True)
+            code = int(b(rnas[:8]).shape[0] != 8)
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    b.fill(rnas[8:12], n_jobs=1, quiet=True)
+    assert b.missing(rnas[:12]) == [] and len(b) == 12
+
+
+class Moody(Native):
+    "Talks nonsense on a run of U, refuses a run of C"
+    name = 'moody'
+
+    def pairs(self, sequence, threshold=0.):
+        if sequence.startswith('CCCCC'):
+            raise ValueError('cannot fold this')
+        i, j, p = super().pairs(sequence, threshold)
+        return (i, j, p + 1.) if sequence.startswith('UUUUU') else (i, j, p)
+
+
+def test_one_bad_sequence_never_stops_the_rest(rnas, tmp_path):
+    bad = [f'{letter*5}GGGGAAAACCCC' for letter in 'UC']
+    b = BppStore(tmp_path, Moody())
+    with pytest.raises(ValueError, match='2 of 22 sequences have no BPP'):
+        b.fill(rnas[:20] + bad, quiet=True)
     assert set(b.failed) == set(bad) and len(b) == 20
-    for s,why in zip(bad, ('took more than', 'cannot fold this', 'probabilities from', 'pairs position 999'), strict=True): assert why in b.failed[s]
-    native = BppStore(tmp_path/'n', fold); native.fill(rnas[:20])
-    assert abs(b(rnas[:20]) - native(rnas[:20])).max() < 2e-3
-    assert not list((tmp_path/'tmp').glob('**/*.fa'))
-    binary.write_text('not a program')
-    with pytest.raises(ValueError, match='cannot be run'): engine('contrafold')('GGGAAAACCC')
-    assert 'contrafold' in invoke('ribo_bpp', '--engines').output
+    assert 'moody 1 returned probabilities from' in b.failed[bad[0]] and 'cannot fold this' in b.failed[bad[1]]
+
+
+def test_vienna_folds_in_processes(tmp_path):
+    "Python's lock would let its threads wait for each other; the result is that of one process"
+    rng = np.random.default_rng(0)
+    rnas = [''.join(rng.choice(list('ACGU'), 120)) for _ in range(90)]
+    for jobs in (1, 2):
+        BppStore(tmp_path/str(jobs), engine('vienna')).fill(rnas, jobs, quiet=True)
+    one, two = (records(BppStore(tmp_path/str(jobs), engine('vienna'))) for jobs in (1, 2))
+    assert one == two and len(one) == 90
+
 
 @pytest.mark.filterwarnings('ignore')
 def test_dask_cluster_with_a_worker_killed(rnas, tmp_path):
@@ -162,7 +242,7 @@ def test_dask_cluster_with_a_worker_killed(rnas, tmp_path):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
         import threading
         def kill():
-            while not len(b.files._map('index.bin', b.files.lines.dtype)): time.sleep(.05)
+            while not len(b): time.sleep(.05)
             os.kill(list(client.run(os.getpid).values())[0], signal.SIGKILL)
         b = BppStore(tmp_path/'a', slow)
         t = threading.Thread(target=kill, daemon=True); t.start()
@@ -187,6 +267,6 @@ def test_one_thread_reads_while_another_fills(tmp_path):
         for k in range(1000, 1600, 20): store.fill(seqs[k:k+20], n_jobs=1, quiet=True)
     t = threading.Thread(target=more); t.start()
     looks = 0
-    while t.is_alive(): assert (store.rows(seqs[:1000]) >= 0).all(); looks += 1
+    while t.is_alive(): assert not store.missing(seqs[:1000]); looks += 1
     t.join()
-    assert looks > 10 and (store.rows(seqs) >= 0).all()
+    assert looks > 10 and not store.missing(seqs)

@@ -1,7 +1,8 @@
 "What folding must not do: overflow silently, listen to the process's settings, spell an RNA in two ways."
 import random
 import numpy as np,pandas as pd,pytest,torch
-from ribo_nb.bpp import BppStore,Kaggle,engine,fold_some
+from ribo_nb.bpp import Kaggle,engine
+from ribo_nb.bpp_store import BppStore,fold_piece
 from ribo_nb.data import FLANK3,FLANK5,_flexibility,as_rna,sequence_id,simulate,vienna
 from ribo_nb.structure import agreement,crossed,dot_bracket,layout,mutants,partners
 
@@ -30,21 +31,21 @@ def test_vienna_folds_what_overflows_its_own_scale(n_pairs, letters):
 def test_vienna_refuses_what_it_cannot_sum(monkeypatch):
     "Whatever the factor per nucleotide: overflow, or probabilities that became zero"
     import ribo_nb.bpp as rooms
-    monkeypatch.setattr(rooms, '_summed', lambda fc, *energy: False)
+    monkeypatch.setattr(rooms, 'sums_fit', lambda fc, *energy: False)
     with pytest.raises(ValueError, match='more than a double can hold.*another engine'):
         engine('vienna')('GGGGAAAACCCC')
-    got = fold_some(engine('vienna'), ['GGGGAAAACCCC'])[1]
-    assert 'another engine' in got[0]
+    _, why = fold_piece(engine('vienna'), ['GGGGAAAACCCC'], 1e-3)[0]
+    assert 'another engine' in why
 
 def test_vienna_notices_lost_probabilities():
     "The total is right, and the outside pass is gone: with this factor ViennaRNA answers a probability of about 0"
-    from ribo_nb.bpp import _summed
+    from ribo_nb.bpp import sums_fit
     from ribo_nb.data import vienna_compound
     rna = perfect_hairpin(70, 'GC') + 'A'*150
     fc = vienna_compound(rna)
     energy = fc.mfe()[1]
-    assert _summed(fc, energy)
-    assert not _summed(fc, 3.2*energy)
+    assert sums_fit(fc, energy)
+    assert not sums_fit(fc, 3.2*energy)
 
 def test_native_at_extreme_input():
     fold = engine('native')
@@ -192,10 +193,10 @@ def test_kaggle_text_file_is_checked(tmp_path):
 
 def test_native_scale_under_numpys_error_state():
     "Factors of a long RNA become zero in a double: no error, whatever NumPy is told"
-    from ribo_nb.bpp import _scaled
+    from ribo_nb.bpp import scaled
     fold = engine('native')
-    want = _scaled(fold.weights, 2000, np.exp(2.5))
-    with np.errstate(all='raise'): assert_same(_scaled(fold.weights, 2000, np.exp(2.5)), want)
+    want = scaled(fold.weights, 2000, np.exp(2.5))
+    with np.errstate(all='raise'): assert_same(scaled(fold.weights, 2000, np.exp(2.5)), want)
 
 def test_build_ignores_torchs_default_dtype():
     from ribo_nb.train import build,make_cfg

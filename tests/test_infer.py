@@ -2,7 +2,7 @@
 import gzip,json,os,random,signal,subprocess,time
 import numpy as np,pandas as pd,pytest
 from helpers import BIN,REAL,ROOT,TINY,call,env,invoke,start
-from ribo_nb.bpp import BppStore
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import sequence_id,simulate
 from ribo_nb.infer import Job,Sequences,join,load,predict,read_sequences_file,run_job
 from ribo_nb.score import check_submission

@@ -21,15 +21,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from helpers import invoke
 from ribo_nb import train
-from ribo_nb.bpp import BppStore, engine
+from ribo_nb.bpp import engine
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import MODS, Store, sequence_id, wide_columns, write_store
 from ribo_nb.squeezeformer import toy_batch
 from ribo_nb.train import COSTS, STOPPED, Cfg, Stopped, build, load_checkpoint, load_model, make_cfg, official_mae
 from ribo_nb.train import predict_rows, train_run
 
 TINY = dict(d_model=16, n_layer=1, n_head=2, n_epoch=2, batch_size=1, device='cpu', precision='fp32', clip_grad=1e9)
-# switches that go with the old house; 'product' of `bpp` is among them
-DROPPED = {'shard', 'gru', 'is_good', 'quirks'}
 COVERED = set()
 
 
@@ -356,7 +355,7 @@ def test_blocks_are_compiled(trained, monkeypatch):
 
 
 MODELS = {'squeezeformer': {}, 'mamba': {}, 'pair track': dict(model='mamba', pair_track=True, d_pair=8),
-          'ribonanzanet': dict(d_pair=8), 'seed32': dict(bpp='mix')}
+          'ribonanzanet': dict(d_pair=8), 'seed32': {}}
 
 
 def model_cfg(name, **more):
@@ -601,7 +600,8 @@ def test_each_model_trains_by_its_name(trained, name):
     kind = dict(squeezeformer='Squeezeformer', mamba='RibonanzaMamba', ribonanzanet='RibonanzaNet', seed32='Seed32')
     more = dict(model=name) | MODELS[name]
     tape = trained(**more, n_epoch=1)
-    assert type(tape.model).__name__ == kind[more['model']] and tape.metrics['model'] == more['model']
+    want = 'RibonanzaMambaPairs' if name == 'pair track' else kind[more['model']]
+    assert type(tape.model).__name__ == want and tape.metrics['model'] == more['model']
     assert not same(tape.steps[0].before, tape.best['model'], 1e-4)
 
 
@@ -713,7 +713,7 @@ def test_pair_track_is_read():
 # ---------------------------------------------------------------- what nothing reads is refused
 
 OTHER = dict(d_model=8, n_layer=1, n_head=1, kernel_size=3, d_state=5, d_pair=6, dropout=.5, norm='post', head='sigmoid',
-             position='none', pair_track=True, gru=True, is_good=True, quirks=True)
+             position='none', pair_track=True)
 
 
 def differs(cfg, other):
@@ -732,7 +732,7 @@ def differs(cfg, other):
 def test_what_a_model_does_not_read_is_refused(name):
     "A field is refused exactly where it changes nothing; the message names those that are read"
     cfg = model_cfg(name, dropout=0.)
-    others = OTHER | dict(bpp='product' if name == 'seed32' else 'mix')
+    others = OTHER | dict(bpp='mix')
     for field, value in others.items():
         if value == getattr(cfg, field):
             continue
@@ -791,7 +791,7 @@ FIELDS = {f.name for f in dataclasses.fields(Cfg)}
 
 def test_every_field_has_a_test():
     "A new field of Cfg needs a test here that fails when it is ignored"
-    assert COVERED | DROPPED == FIELDS and not COVERED & DROPPED
+    assert COVERED == FIELDS
 
 
 @pytest.mark.parametrize('field,value', [('position', 'none'), ('position', 'dynamic'), ('position', 'rope'),

@@ -67,7 +67,7 @@ def test_push(stub, mount, wheel):
     assert 'version 1 runs' in out and 'ribo_kaggle continue cfg_demo' in out
     assert set(stub.datasets) == {'someone/ribo-nb-code','someone/ribo-nb-data-store'}
     assert stub.datasets['someone/ribo-nb-code'] == [{wheel.name: wheel.read_bytes(), 'extra-1-py3-none-any.whl': stub.extra.read_bytes()}]
-    assert set(stub.datasets['someone/ribo-nb-data-store'][0]) == {'store.parquet','key.json','index.bin','pairs.bin'}
+    assert set(stub.datasets['someone/ribo-nb-data-store'][0]) == {'store.parquet','bpp.sqlite'}
     k, = stub.kernels['someone/ribo-nb-cfg-demo']
     assert (k['machineShape'], k['enableInternet'], k['isPrivate'], k['newTitle']) == ('NvidiaTeslaT4', False, True, 'ribo nb cfg demo')
     assert k['datasetDataSources'] == ['someone/ribo-nb-code','someone/ribo-nb-data-store'] and not k.get('competitionDataSources')

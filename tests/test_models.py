@@ -1,11 +1,14 @@
 "What every model and every configuration must obey: the contract at full width, switches that change nothing, long RNAs."
-import subprocess,sys
-from dataclasses import replace
+import json,subprocess,sys
+from dataclasses import asdict,replace
+from pathlib import Path
 import pytest,torch
+from published_ribonanzanet import published
 from ribo_nb import mamba
 from ribo_nb.mamba import ssd_dense
+from ribo_nb.ribonanzanet import RibonanzaNet
 from ribo_nb.squeezeformer import check_contract,toy_batch
-from ribo_nb.train import Replay,build,cfgs,compile_blocks,make_optimizer,train_step
+from ribo_nb.train import Replay,build,cfg_from_dict,cfgs,compile_blocks,load_model,make_optimizer,model_args,model_class,train_step
 from helpers import call,env
 
 small = dict(d_model=32, n_layer=2, n_head=4, d_state=8, d_pair=16)
@@ -95,17 +98,44 @@ def test_replayed_steps_equal_eager(name):
     torch.testing.assert_close(runs[0][0], runs[1][0], atol=1e-4, rtol=0)
     for k,v in runs[0][1].items(): torch.testing.assert_close(v, runs[1][1][k], atol=1e-3, rtol=0, msg=k)
 
-def test_seed32_as_published_leaks_padding_and_ours_does_not():
-    "The published network's prediction depends on the 206 nt that it fills up to; both shapes fit"
-    cfg = replace(cfgs['cfg_seed32'], **{k: v for k,v in small.items() if k not in ('d_state','d_pair')}, dropout=0.)
-    literal,ours = build(replace(cfg, bpp='product', quirks=True)).eval(),build(cfg).eval()
+def test_ribonanzanet_equals_the_published_arithmetic():
+    "Forward and in its gradients, for an RNA alone"
+    torch.manual_seed(0)
+    net = RibonanzaNet(d_model=32, n_layer=3, n_head=4, d_pair=16).eval()
+    ours, theirs = (forward(toy_batch((40,))) for forward in (net, lambda batch: published(net, batch)))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    a, b = (torch.autograd.grad(y.square().sum(), net.encoder.weight)[0] for y in (ours, theirs))
+    torch.testing.assert_close(a, b, atol=1e-4*float(b.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize('name', every)
+def test_any_number_of_channels(name):
+    cfg = replace(every[name], **small, dropout=0.)
+    model = model_class(cfg)(**model_args(cfg), n_channel=3)
+    assert model(toy_batch((20, 9))).shape == (2, 20, 3)
+
+
+def test_a_checkpoint_of_version_4_predicts_as_it_did():
+    "It was written at cc70475, with fields of Cfg that are gone since"
+    old = Path(__file__).parent/'old'
+    expected = json.loads((old/'expected.json').read_text())
+    model, cfg = load_model(old/'best_v4.pt')
+    batch = toy_batch((17, 9))
+    batch['bpp'] = torch.zeros_like(batch['bpp'])
+    batch['seq'] = torch.tensor(expected['seq'])
     with torch.no_grad():
-        short,long = (m(toy_batch((40,))) for m in (literal, ours))
-        assert short.shape == long.shape == (1, 40, 2)
-        seen = []
-        literal.blocks[0].register_forward_pre_hook(lambda m, a: seen.append((a[0].shape[1], bool(a[1].all()))))
-        literal(toy_batch((40,)))
-    assert seen == [(206, True)]
+        pred = model.eval()(batch)[0, :17]
+    torch.testing.assert_close(pred, torch.tensor(expected['pred']), atol=1e-5, rtol=0)
+    assert cfg.d_model == 8
+
+
+@pytest.mark.parametrize('field', ['shard', 'gru', 'is_good', 'quirks'])
+def test_a_configuration_with_a_switch_that_is_gone_is_refused(field):
+    old = asdict(cfgs['cfg_demo'])
+    assert cfg_from_dict(old | {field: False}) == cfgs['cfg_demo']
+    with pytest.raises(ValueError, match=f'Cfg.{field} was on'):
+        cfg_from_dict(old | {field: True})
+
 
 def test_sixteen_channels_in_bf16_come_to_an_end():
     "oneDNN (torch 2.13, CPU) hangs in a bf16 depthwise convolution of 16 channels and 17 nt; ours goes round it"

@@ -11,7 +11,8 @@ from helpers import TINY,invoke
 from ribo_nb import bpp,infer,train
 from ribo_nb.data import FLANK3,FLANK5,Store,shown
 from ribo_nb.infer import drawn_share,load,outside,predict
-from ribo_nb.mamba import RibonanzaNet,published
+from published_ribonanzanet import official_state,published
+from ribo_nb.ribonanzanet import RibonanzaNet
 from ribo_nb.squeezeformer import toy_batch
 from ribo_nb.structure import dot_bracket,layout,partners,place_numbers,plot_structure
 from ribo_nb.train import OFFICIAL,load_model
@@ -21,9 +22,9 @@ from ribo_nb.train import OFFICIAL,load_model
 def official(tmp_path_factory):
     "A file of weights with the names and shapes of the official RibonanzaNet.pt, and the network that they belong to"
     torch.manual_seed(0)
-    net = RibonanzaNet(quirks=True).eval()
+    net = RibonanzaNet().eval()
     path = tmp_path_factory.mktemp('official')/'RibonanzaNet.pt'
-    torch.save(net.state_dict(), path)
+    torch.save(official_state(net), path)
     return path,net
 
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from helpers import ROOT, invoke
 from ribo_nb import infer, kaggle, score
-from ribo_nb.bpp import BppStore, engine, read_sequences
+from ribo_nb.bpp import engine, read_sequences
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import Store, atomic, own_folder, simulate, write_store
 from ribo_nb.infer import Ensemble, Sequences, load
 from ribo_nb.score import fit_ensemble, score_files

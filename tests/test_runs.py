@@ -168,7 +168,7 @@ def few(mount):
         store = data.Store(mount/'store.parquet')
         model = infer.Ensemble([train.build(train.make_cfg('cfg_demo', json.loads(TINY)))],
                                [train.make_cfg('cfg_demo', json.loads(TINY))])
-        bpp = bpp.BppStore(mount/'bpp')
+        bpp = bpp_store.BppStore(mount/'bpp')
     Few.nothing = train.errors([], Few.store, NO_ROWS)
     return Few
 
@@ -267,7 +267,7 @@ def test_one_modifier_is_trained_and_its_score_is_named(dms, tmp_path):
     store = data.Store(dms/'store.parquet')
     rows = data.held_out(store, 0)
     model = train.load_model(tmp_path/'one'/'best.pt')[0].eval()
-    preds = train.predict_rows(model, store, bpp.BppStore(dms/'bpp'), rows)
+    preds = train.predict_rows(model, store, bpp_store.BppStore(dms/'bpp'), rows)
     wrong = np.concatenate([np.abs(p - store[i][0].clip(0, 1))[:, 1] for p, i in zip(preds, rows, strict=True)
                             if store.SN_filter[i, 1]])
     assert abs(np.nanmean(wrong) - own['DMS']) < 1e-6
