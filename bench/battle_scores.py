@@ -7,7 +7,8 @@ import pandas as pd
 from battle_data import is_scan, read_groups, store_path
 from battle_plan import UNCHANGED
 
-from ribo_nb.bpp import BppStore, engine
+from ribo_nb.bpp import engine
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import MODS, Store, encode, held_out
 from ribo_nb.train import _levels as UNPAIRED_LEVELS
 from ribo_nb.train import baselines, errors, score, score_by

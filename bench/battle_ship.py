@@ -9,7 +9,8 @@ from battle_data import LEFT_OUT, is_scan, read_groups, store_path
 from battle_plan import MEMBERS, plan, run_folder
 from battle_scores import context_lookup, library_of, units, with_interval
 
-from ribo_nb.bpp import BppStore, engine
+from ribo_nb.bpp import engine
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import MODS, Store, atomic, held_out
 from ribo_nb.infer import Ensemble, load, save_ensemble
 from ribo_nb.score import calibrate, fit_weights, mean_spread

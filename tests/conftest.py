@@ -1,9 +1,5 @@
-import sys
-
 import pytest
-from helpers import ROOT, invoke
-
-sys.path.insert(0, str(ROOT/'bench'))  # tests compare with what the benchmarks compare with
+from helpers import invoke
 
 from ribo_nb.data import simulate
 

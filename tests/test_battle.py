@@ -22,7 +22,8 @@ from battle_plan import MEMBERS, Run, plan, with_beginnings, work
 from battle_scores import context_lookup, difference_from_others, interval_of, rough_key
 from battle_ship import scores_by_noise, ship, shipped_scores
 
-from ribo_nb.bpp import BppStore, engine
+from ribo_nb.bpp import engine
+from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import MODS, Store, held_out, simulate
 from ribo_nb.infer import load
 from ribo_nb.train import baselines, cfgs, errors, load_checkpoint, score
