@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from scipy.optimize import minimize
 
 from ribo_nb.bpp import BppStore
-from ribo_nb.data import FLANK3, FLANK5, MODS, Store, atomic, datamount, held_out, write_store
+from ribo_nb.convert import write_store
+from ribo_nb.data import FLANK3, FLANK5, MODS, Store, atomic, datamount, held_out
 from ribo_nb.infer import SHIPPED, Spread, features, interval, kind_features, load, predict
 from ribo_nb.score import LEVELS, quantile_regression
 from ribo_nb.train import cfgs, folding, predict_rows, train_run
@@ -88,8 +89,8 @@ def home() -> Path:
 def prepare(raw, groups):
     "RAW, Kaggle's wide table, and its GROUPS → a store with viruses and libraries as folds"
     home().mkdir(parents=True, exist_ok=True)
-    write_store(raw, home()/'base.parquet')
-    store = Store(home()/'base.parquet')
+    write_store(raw, home()/'base.arrow')
+    store = Store(home()/'base.arrow')
     rows = store.rows
     known = pd.read_parquet(groups).drop_duplicates('sequence_id').set_index('sequence_id')
     known = known.loc[known.index.isin(rows.sequence_id[store.SN_filter.all(1)])]
@@ -103,7 +104,7 @@ def prepare(raw, groups):
     table = table.set_column(column, 'fold', [fold]).filter(fold >= 0)
     meta = store.meta | dict(split='whole viruses and libraries', n_fold=3)
     table = table.replace_schema_metadata({'ribo_nb': json.dumps(meta)})
-    with atomic(home()/'strangers.parquet') as path:
+    with atomic(home()/'strangers.arrow') as path:
         pq.write_table(table, path, compression='zstd', write_page_checksum=True)
     known.reset_index()[['sequence_id', 'source', 'family']].to_parquet(home()/'families.parquet')
     click.echo(pd.crosstab(family[usable], fold[usable]).to_string())
@@ -112,7 +113,7 @@ def prepare(raw, groups):
 @main.command()
 def train():
     "Train what has not been trained yet, and keep what each network says of what it has not seen"
-    store = Store(home()/'strangers.parquet')
+    store = Store(home()/'strangers.arrow')
     for name, cfg in networks().items():
         for fold in range(3):
             cfg = replace(cfg, fold=fold)
@@ -141,7 +142,7 @@ def sampled(store: Store, families: pd.Series) -> np.ndarray:  # row numbers
 @main.command()
 def shipped():
     "What the shipped networks say of a sample, which they were trained on, and how far they differ"
-    store = Store(home()/'strangers.parquet')
+    store = Store(home()/'strangers.arrow')
     families = pd.read_parquet(home()/'families.parquet').set_index('sequence_id').family
     model = load(device='cpu')
     rows = sampled(store, families)
@@ -325,7 +326,7 @@ STRETCH = 1.05
 @click.option('--dry-run', is_flag=True, help='Leave ensemble.json as it is.')
 def fit(dry_run):
     "Error bars for two kinds of RNA into ensemble.json; what they hold into strangers.csv"
-    store = Store(home()/'strangers.parquet')
+    store = Store(home()/'strangers.arrow')
     sample = load_sample(store, np.load(home()/'shipped_rows.npy'), np.load(home()/'shipped.npy'))
     ensemble = json.loads(SHIPPED.read_text())
     old = ensemble['calibration']

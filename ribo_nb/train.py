@@ -12,11 +12,11 @@ __all__ = ['TYPICAL', 'models', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_s
            'load_checkpoint', 'fits', 'latest', 'load_model', 'first_weights', 'lr_at', 'make_optimizer', 'gathered',
            'like', 'Average', 'world', 'summed', 'parallel', 'parts_of', 'backward', 'Replay', 'train_step', 'Progress',
            'score_line', 'check_same', 'Stopped', 'stoppable', 'out_of_memory', 'training_rows', 'triplets', 'seen_in',
-           'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'nearby', 'stores_here', 'choose_data',
-           'data_name', 'run_folder', 'folding', 'check_trainable', 'check_scorable', 'alone', 'train_run', 'record',
-           'measure', 'mae_name', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking',
-           'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'ending',
-           'report', 'trains', 'runs_of', 'ask_to_stop', 'follow', 'launch']
+           'Trainer', 'train', 'read_log', 'diagnose', 'sample_store', 'nearby', 'stores_here', 'old_stores_here',
+           'choose_data', 'data_name', 'run_folder', 'folding', 'check_trainable', 'check_scorable', 'alone',
+           'train_run', 'record', 'measure', 'mae_name', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred',
+           'draw_run', 'tracking', 'read_neptune', 'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train',
+           'join_others', 'ending', 'report', 'trains', 'runs_of', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
 import ast,copy,hashlib,inspect,io,json,math,os,platform,queue,resource,signal,socket,struct,subprocess,sys,threading,time
@@ -32,6 +32,7 @@ from torch import Tensor,distributed as dist,nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from .data import *
+from .convert import write_store
 from .bpp import *
 from .squeezeformer import *
 from .mamba import *
@@ -881,7 +882,7 @@ def seen_in(
         known = np.flatnonzero(~np.isnan(store[i][0]).all(1))
         if not len(known): continue
         start = min(start, int(known[0]))
-        end = min(end, int(store.start[i+1] - store.start[i] - 1 - known[-1]))
+        end = min(end, int(store.length[i] - 1 - known[-1]))
     least = min(triplets(s) for s in store.rows.sequence.iloc[some])
     return dict(shortest=int(length.min()), longest=int(length.max()), start=start, end=end, triplets=least)
 
@@ -1074,9 +1075,9 @@ def sample_store(
     seed:int=0,
 )->Path:
     "The embedded sample: SIMULATED profiles as a store in datamount/, made when it is not there"
-    path = datamount()/'parquet'/f"simulated-{n}{f'-seed{seed}' if seed else ''}.parquet"
+    path = datamount()/'parquet'/f"simulated-{n}{f'-seed{seed}' if seed else ''}.arrow"
     if not path.exists():
-        raw = datamount()/'raw'/path.name
+        raw = datamount()/'raw'/f'{path.stem}.parquet'
         with atomic(raw) as p: simulate(n, seed).to_parquet(p, index=False)
         write_store(raw, path)
     return path
@@ -1096,7 +1097,6 @@ def _code_version():
 
 # %% ../nbs/04_train.ipynb #5b0c7a11
 import re
-import pyarrow as pa,pyarrow.parquet as pq
 
 # %% ../nbs/04_train.ipynb #7a2b3c04
 def nearby(path)->str: # for messages
@@ -1108,15 +1108,19 @@ def stores_here()->list: # paths
     "The stores in datamount/parquet, without samples of simulated profiles"
     plain,pseudo = [],[]
     for path in sorted((datamount()/'parquet').glob('*')):
-        if not is_parquet(path) or not path.is_file() or path.name.startswith('simulated-'): continue
-        try: schema = pq.read_schema(path)
-        except (pa.ArrowException, OSError): continue
-        if not {'sequence','cluster','fold'} <= set(schema.names): continue
-        meta = json.loads((schema.metadata or {}).get(b'ribo_nb', b'{}'))
+        if not is_store(path) or not path.is_file() or path.name.startswith('simulated-'): continue
+        try: meta = store_meta(path)
+        except ValueError: continue
         (pseudo if 'pseudo' in meta else plain).append(path)
     return plain or pseudo
 
 # %% ../nbs/04_train.ipynb #8c4d5e06
+def old_stores_here()->str: # text for a message, '' where there are none
+    "How the stores of version 1 in datamount/parquet are converted"
+    found = [path for path in sorted((datamount()/'parquet').glob('*')) if is_old_store(path) and not path.name.startswith('simulated-')]
+    commands = [f"  ribo_data {nearby(path)} --out {nearby(path.with_suffix('.arrow'))}" for path in found]
+    return '\n'.join(['Stores of an older version are there, converted by:', *commands, '']) if commands else ''
+
 def choose_data(
     name:str, # of the configuration
     data='', # a store, 'simulated', or '': what is there
@@ -1131,8 +1135,8 @@ def choose_data(
         return found[0]
     say = 'say which: -p data FILE for papermill, --data FILE for ribo_train, DATA=FILE for make train'
     if found: raise ValueError(f"{name}: there are several stores in {folder}, {say}\n" + '\n'.join(f'  {nearby(p)}' for p in found))
-    raise ValueError(f"{name}: there is no store in {folder} to train on. Two commands make one of Kaggle's train_data.csv:\n"
-                     f"  ribo_data train_data.csv --out {folder}/train.parquet\n  ribo_bpp {folder}/train.parquet\n"
+    raise ValueError(f"{name}: there is no store in {folder} to train on. {old_stores_here()}Two commands make one of Kaggle's train_data.csv:\n"
+                     f"  ribo_data train_data.csv --out {folder}/train.arrow\n  ribo_bpp {folder}/train.arrow\n"
                      f"Or {say}; FILE may also be the word simulated: 1,000 SIMULATED RNAs, to try things out")
 
 # %% ../nbs/04_train.ipynb #9d5e6f08
