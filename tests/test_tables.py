@@ -85,7 +85,7 @@ def test_bare_cr_through_the_command(raw, tmp_path):
     for name in ('cr', 'lf'):
         result = invoke('ribo_data', tmp_path/f'{name}.csv', '--out', tmp_path/f'{name}.arrow', '--folds', 2)
         assert result.exit_code == 0, result.output
-    one, two = (Store(tmp_path/f'{name}.parquet') for name in ('cr', 'lf'))
+    one, two = (Store(tmp_path/f'{name}.arrow') for name in ('cr', 'lf'))
     pd.testing.assert_frame_equal(one.rows, two.rows)
     np.testing.assert_array_equal(one.profile, two.profile)
 
