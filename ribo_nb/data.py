@@ -1028,9 +1028,12 @@ class Store:
                              f"{', '.join(self.meta['channels'])}")
         with readable(self.path, 'a store made by ribo_data'):
             self.mapped = MappedBlocks(self.path)
-        if self.mapped.n_row.sum() != self.meta['n_row']:
-            raise ValueError(f"{self.path}: is damaged ({self.mapped.n_row.sum()} rows, expected "
-                             f"{self.meta['n_row']}): convert the raw table again with ribo_data")
+        n_row = self.mapped.n_row.sum()
+        expected = store_schema(self.meta['n_row'], {}, self.meta['channels'])
+        if n_row != self.meta['n_row'] or not self.mapped.schema.equals(expected):
+            raise ValueError(f"{self.path}: is damaged ({n_row} rows, expected "
+                             f"{self.meta['n_row']}; or its columns are not those of a store): "
+                             f"convert the raw table again with ribo_data, or take a copy")
         names = [name for name in self.mapped.schema.names if not is_profile(name)]
         schema = pa.schema([self.mapped.schema.field(name) for name in names])
         blocks = [block.select(names) for block in self.mapped.blocks]
