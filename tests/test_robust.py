@@ -74,7 +74,7 @@ def test_make_keeps_versions_apart():
     "`make demo` names store, test set and submission by the whole name of the table"
     for data, name in (('raw/train_data.v1.csv', 'train_data.v1'), ('train_data.v2.csv.gz', 'train_data.v2'), ('a b/my data.parquet', 'my_data')):
         r = subprocess.run(['make', '-n', 'demo', f'DATA={data}'], cwd=ROOT, capture_output=True, text=True)
-        assert f'--out datamount/parquet/{name}-1500.parquet' in r.stdout, r.stdout + r.stderr
+        assert f'--out datamount/parquet/{name}-1500.arrow' in r.stdout, r.stdout + r.stderr
 
 
 def test_submissions_of_one_name(tmp_path):
