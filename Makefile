@@ -6,7 +6,7 @@ DATA   ?=
 N      ?= $(if $(DATA),1500,1000)
 B      := .venv/bin
 NAME   := $(if $(DATA),$(basename $(patsubst %.gz,%,$(patsubst %.bz2,%,$(patsubst %.zip,%,$(lastword $(subst /, ,$(subst $() ,_,$(DATA)))))))),simulated)-$(N)
-STORE  := datamount/parquet/$(NAME).parquet
+STORE  := datamount/parquet/$(NAME).arrow
 TEST   := datamount/parquet/$(NAME)-fold0
 DEMO   := datamount/runs/cfg_demo$(if $(DATA)$(filter-out 1000,$(N)),-$(NAME))
 OVERRIDES ?= {}
@@ -34,7 +34,7 @@ export: install  ## nbs/ → ribo_nb/, and clean the notebooks
 	$B/python .ci/notebooks.py export
 run: export  ## execute all notebooks in place: their outputs are committed
 	$B/python .ci/notebooks.py run
-train: install  ## papermill run of CFG=cfg_0 on DATA=datamount/parquet/....parquet, in the background; run it again to go on
+train: install  ## papermill run of CFG=cfg_0 on DATA=datamount/parquet/....arrow, in the background; run it again to go on
 	@run=$$($B/ribo_train $(CFG) --dry-run --overrides '$(OVERRIDES)' $(if $(DATA),--data "$(DATA)") $(if $(RUN),--run "$(RUN)")) || exit 1; \
 	mkdir -p "$$run"; \
 	$$(command -v setsid) nohup $B/papermill --no-progress-bar --log-output --autosave-cell-every 30 nbs/04_train.ipynb "$$run/train.ipynb" -r cfg $(CFG) -r run "$$run" -r overrides '$(OVERRIDES)' $(if $(DATA),-r data "$(DATA)") > "$$run/papermill.log" 2>&1 < /dev/null & \

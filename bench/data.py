@@ -12,22 +12,23 @@ def pandas_alone(path): return lambda: len((pd.read_parquet if path.endswith('pa
 
 def ours(path):
     "Read, join and write, without the search for families"
-    from ribo_nb import data
-    data._row_families = lambda ids, start, hashes: np.unique(hashes, return_inverse=True)[1].astype(np.int32)
-    return lambda: write(data, path)
+    from ribo_nb import convert
+    convert.row_families = lambda ids, start, hashes: np.unique(hashes, return_inverse=True)[1].astype(np.int32)
+    return lambda: write(convert, path)
 
 def ours_with_families(path):
-    from ribo_nb import data
-    return lambda: write(data, path)
+    from ribo_nb import convert
+    return lambda: write(convert, path)
 
-def write(data, path):
+def write(convert, path):
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as d:
-        data.write_store(path, Path(d)/'store.parquet')
-        return sum(map(sum, _measured(Path(d)/'store.parquet')))
+        convert.write_store(path, Path(d)/'store.arrow')
+        return sum(map(sum, _measured(Path(d)/'store.arrow')))
 
 def _measured(store):
-    t = pd.read_parquet(store, columns=['signal_to_noise_2A3','signal_to_noise_DMS'])
-    return [t[c].notna() for c in t]
+    from ribo_nb.data import Store
+    rows = Store(store).rows
+    return [rows[f'signal_to_noise_{m}'].notna() for m in ('2A3','DMS')]
 
 JOBS = {f.__name__: f for f in (polars_alone, pandas_alone, ours, ours_with_families)}
 
@@ -97,7 +98,7 @@ def loaders(store_path, raw, seconds, folder):
     from ribo_nb.data import Store,epoch_batches,training_batch
     torch.set_num_threads(1)
     store = Store(store_path)
-    length,out = np.diff(store.start),{}
+    length,out = store.length,{}
     def rate(batches, work):
         t,n = time.perf_counter(),0
         while time.perf_counter() - t < seconds:
@@ -137,7 +138,7 @@ def with_bpp(store, length, rate, folder, n=256):
 @click.option('--seconds', default=3., show_default=True, help='Per loader.')
 def main(rows, raw, repeats, seconds):
     "Conversion and loading. Each reader has a process of its own; ours and polars take turns."
-    from ribo_nb import data
+    from ribo_nb import convert,data
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         table = pd.read_parquet(raw) if raw else data.simulate(1000)
@@ -145,9 +146,9 @@ def main(rows, raw, repeats, seconds):
         run('ours_with_families', paths[2])  # compiles once, so that nobody waits for that below
         click.echo(f"{raw.name if raw else 'simulated'}, {rows} rows, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; " + ', '.join(f'{p.name} {p.stat().st_size/2**20:.0f} MB' for p in paths))
         click.echo(conversion(paths, repeats).to_string() + "\n'ours' reads, checks, joins and writes the store; the others only read")
-        data.write_store(paths[2], d/'store.parquet')
-        store = data.Store(d/'store.parquet')
-        click.echo(f"store: {(d/'store.parquet').stat().st_size/len(store):.0f} bytes per sequence, its sidecar {(d/'store.parquet.mmap').stat().st_size/len(store):.0f}")
-        click.echo(loaders(d/'store.parquet', table, seconds, d).to_string())
+        convert.write_store(paths[2], d/'store.arrow')
+        store = data.Store(d/'store.arrow')
+        click.echo(f"store: {(d/'store.arrow').stat().st_size/len(store):.0f} bytes per sequence")
+        click.echo(loaders(d/'store.arrow', table, seconds, d).to_string())
 
 if __name__ == '__main__': job(*sys.argv[2:]) if sys.argv[1:2] == ['job'] else main()

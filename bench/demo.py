@@ -27,7 +27,7 @@ def main(n, data):
     "Every stage of `make demo` in an empty folder, measured from outside, start-up of Python and imports included."
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
-        store,test,run = d/'store.parquet',d/'test',d/'run'
+        store,test,run = d/'store.arrow',d/'test',d/'run'
         run.mkdir()
         stages = {
             'ribo_data': (*(('--sample', n, data.resolve()) if data else ('--simulate', n)), '--out', store, '--holdout', test),

@@ -23,7 +23,8 @@ from battle_data import LEFT_OUT, read_groups, refold, store_path
 from scipy.optimize import minimize
 
 from ribo_nb.bpp_store import BppStore
-from ribo_nb.data import FLANK3, FLANK5, MODS, Store, atomic, datamount, held_out, write_store
+from ribo_nb.convert import write_store
+from ribo_nb.data import FLANK3, FLANK5, MODS, Store, atomic, datamount, held_out
 from ribo_nb.infer import SHIPPED, Spread, features, interval, kind_features, load, predict
 from ribo_nb.score import LEVELS, quantile_regression
 from ribo_nb.train import cfgs, folding, predict_rows, train_run

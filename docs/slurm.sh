@@ -1,7 +1,7 @@
 #!/bin/bash
 #SBATCH --job-name=ribo_nb --nodes=2 --ntasks-per-node=1 --gpus-per-node=4 --cpus-per-task=16 --time=24:00:00
 #SBATCH --requeue --open-mode=append
-# sbatch docs/slurm.sh cfg_mamba --data datamount/parquet/train.parquet --out datamount/runs/cfg_mamba
+# sbatch docs/slurm.sh cfg_mamba --data datamount/parquet/train.arrow --out datamount/runs/cfg_mamba
 #
 # One torchrun per node; they find each other at the first node's port. If a process dies, all are started again, up to
 # three times, and go on from the last checkpoint; when the job's time is over, submit it again: the same command goes on.

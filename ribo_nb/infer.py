@@ -21,6 +21,7 @@ from hashlib import blake2b
 from pathlib import Path
 from torch import nn
 from .data import *
+from .convert import is_rdat,read_rdat
 from .bpp import *
 from .bpp_store import *
 from .structure import *
@@ -689,7 +690,7 @@ def _pseudo_rows(sequences, preds, schema, cluster):
         sn = [float(np.nanmean(a)/max(np.nanmean(b), 1e-6)) for a,b in zip(signal, spread, strict=True)]
         rows |= {f'reactivity_{mod}': signal, f'reactivity_error_{mod}': spread, f'reads_{mod}': [np.nan]*n,
                  f'signal_to_noise_{mod}': sn, f'SN_filter_{mod}': [x >= 1 for x in sn]}
-    return pa.table([pa.array(rows[f.name], f.type) for f in schema], schema=schema)
+    return block_of(rows, schema)
 
 def check_teachers(model:Ensemble, store:Store):
     "ValueError when what these models predict must not become a label beside the rows of this store"
@@ -706,22 +707,24 @@ def write_pseudo(
     store:Store,
     path, # the store to write: the rows of `store` and, in fold -2 that is never held out, the sequences
     bpp:BppStore,
-    block:int=2048, # sequences between two row groups
+    block:int=2048, # sequences in a block of the store
 )->int: # sequences labelled
     "Pseudo-labels: what an ensemble predicts becomes a target, weighted by how well its members agree"
     check_teachers(model, store)
-    known,path = set(store.rows.sequence),check_target(path, store.path)
+    known,path = set(store.rows.sequence),store_target(path, store.path)
     if not (new := [s for s in dict.fromkeys(sequences) if s not in known]):
         raise ValueError(f"all sequences are in {store.path} already: nothing is left to label")
     made = dict(fold=model.cfgs[0].fold, sequences=len(new), models={str(p): sha256(p) for p in model.paths})
-    with pq.ParquetFile(store.path) as old, atomic(path) as tmp:
-        schema = old.schema_arrow.with_metadata({'ribo_nb': json.dumps(store.meta | dict(pseudo=made))})
-        with pq.ParquetWriter(tmp, schema, compression='zstd', write_page_checksum=True) as w:
-            for b in old.iter_batches(4096): w.write_table(pa.Table.from_batches([b]).replace_schema_metadata(schema.metadata))
-            for k in progress(range(0, len(new), block), 'pseudo-labels', unit='block'):
-                bpp.fill(part := new[k:k+block], quiet=True)
-                preds = predict_sequences(Spread(model), part, bpp)
-                w.write_table(_pseudo_rows(part, preds, schema, int(store.rows.cluster.max())+1+k))
+    schema = store_schema(len(store) + len(new), store.meta | dict(pseudo=made))
+    def blocks():
+        for k,old in enumerate(store.mapped.blocks):
+            store.mapped.prepare([k])
+            yield old.replace_schema_metadata(schema.metadata)
+        for k in progress(range(0, len(new), block), 'pseudo-labels', unit='block'):
+            bpp.fill(part := new[k:k+block], quiet=True)
+            preds = predict_sequences(Spread(model), part, bpp)
+            yield _pseudo_rows(part, preds, schema, int(store.rows.cluster.max())+1+k)
+    write_blocks(path, schema, blocks())
     return len(new)
 
 # %% ../nbs/05_infer.ipynb #2cc03409
@@ -861,6 +864,7 @@ def ribo_infer(sequences, ckpt, out, flip, raw, precision, device, bpps, no_stru
     if mutate and not (figures or report): raise click.UsageError('--mutate draws into --figures or --report: give one.')
     if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     # What can be wrong with the files is found before the models are loaded
+    if pseudo: store_target(out, pseudo)
     store = Store(pseudo) if pseudo else read_measured(measured) if measured else None
     if merge and not out.with_name(f'{out.name}.parts').is_dir():
         raise ValueError(f"{out}.parts: no such folder, nothing to merge: run the shards first")

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError,version
 from pathlib import Path
 from types import SimpleNamespace
 from .data import *
+from .convert import kaggle_raw,write_store
 from .bpp import *
 from .bpp_store import FILE_NAME,store_folder
 from .train import *
@@ -215,7 +216,7 @@ def _kernel_store(spec, root, scratch):
         return found[0]
     raw = _attached(root, 'train_data.csv')
     if not raw: raise RuntimeError(f"train_data.csv is not attached: join the competition and accept its rules (https://www.kaggle.com/competitions/{COMPETITION}), or push with --data")
-    if not (out := scratch/'train_data.parquet').exists(): write_store(raw[0], out)
+    if not (out := scratch/'train_data.arrow').exists(): write_store(raw[0], out)
     return out
 
 # %% ../nbs/06_kaggle.ipynb #6577918d

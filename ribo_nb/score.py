@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from scipy.optimize import minimize
 from .data import *
+from .families import assign_folds
 from .bpp import *
 from .bpp_store import *
 from .structure import *

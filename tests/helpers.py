@@ -22,6 +22,6 @@ def start(*args, cwd=ROOT):
 def invoke(name, *args):
     "The same command in this process, which saves its start-up → click's Result"
     from click.testing import CliRunner
-    import ribo_nb.bpp_store,ribo_nb.data,ribo_nb.infer,ribo_nb.kaggle,ribo_nb.score,ribo_nb.train
-    command = next(getattr(m, name) for m in (ribo_nb.data, ribo_nb.bpp_store, ribo_nb.train, ribo_nb.infer, ribo_nb.score, ribo_nb.kaggle) if hasattr(m, name))
+    import ribo_nb.bpp_store,ribo_nb.convert,ribo_nb.infer,ribo_nb.kaggle,ribo_nb.score,ribo_nb.train
+    command = next(getattr(m, name) for m in (ribo_nb.convert, ribo_nb.bpp_store, ribo_nb.train, ribo_nb.infer, ribo_nb.score, ribo_nb.kaggle) if hasattr(m, name))
     return CliRunner().invoke(command, [str(a) for a in args])

@@ -53,7 +53,7 @@ def test_native_at_all_lengths():
 
 def test_killed_again_and_again(mount, tmp_path):
     "SIGKILL at random moments, SIGTERM once: the store ends up as the uninterrupted one, record for record"
-    kill_and_compare(mount/'store.parquet', tmp_path, 3, (3.5, 7), '--jobs', 2)
+    kill_and_compare(mount/'store.arrow', tmp_path, 3, (3.5, 7), '--jobs', 2)
 
 @real
 def test_killed_ten_times_on_real_sequences(tmp_path):
@@ -74,7 +74,7 @@ def kill_and_compare(table, tmp_path, times, between, *more):
     assert records(BppStore(tmp_path/'killed')) == records(BppStore(tmp_path/'whole'))
 
 def test_two_processes_fill_one_store(mount, tmp_path):
-    both = [start('ribo_bpp', mount/'store.parquet', '--out', tmp_path, '--jobs', 1) for _ in range(2)]
+    both = [start('ribo_bpp', mount/'store.arrow', '--out', tmp_path, '--jobs', 1) for _ in range(2)]
     for p in both: assert (p.communicate()[1] is not None) and p.returncode == 0
     assert records(BppStore(tmp_path)) == records(BppStore(mount/'bpp'))
 

@@ -3,8 +3,8 @@ import csv,signal,time
 import numpy as np,pandas as pd,pytest
 from helpers import REAL,invoke,start
 from ribo_nb.bpp import engine
-from ribo_nb import data
-from ribo_nb.data import MODS,Store,epoch_batches,simulate,training_batch,write_store
+from ribo_nb.convert import write_store
+from ribo_nb.data import MODS,Store,epoch_batches,simulate,training_batch
 
 real = pytest.mark.skipif(not REAL.exists(), reason=f'real data not found at {REAL}')
 
@@ -26,7 +26,7 @@ def test_bad_table(raw, tmp_path, spoil, says, suffix):
     spoil(bad)
     path = tmp_path/f'bad.{suffix}'
     bad.to_parquet(path) if suffix == 'parquet' else bad.to_csv(path, index=False)
-    r = invoke('ribo_data', path, '--out', tmp_path/'out'/'store.parquet')
+    r = invoke('ribo_data', path, '--out', tmp_path/'out'/'store.arrow')
     assert r.exit_code == 1 and says in r.output and str(path) in r.output and ': ' in r.output
     if spoil in (spoil_letter, spoil_short, spoil_long): assert 'row 4' in r.output
     if spoil is spoil_twice: assert f'row {len(raw)+1}' in r.output and 'row 4' in r.output
@@ -35,36 +35,36 @@ def test_bad_table(raw, tmp_path, spoil, says, suffix):
 @pytest.mark.parametrize('name,content', [('empty.csv', b''), ('empty.parquet', b''), ('text.parquet', b'not a table'), ('noise.csv', bytes(range(256))*50), ('cut.csv.gz', b'\x1f\x8b\x08\x00')])
 def test_unreadable_file(tmp_path, name, content):
     (tmp_path/name).write_bytes(content)
-    r = invoke('ribo_data', tmp_path/name, '--out', tmp_path/'s.parquet')
-    assert r.exit_code == 1 and name in r.output and not (tmp_path/'s.parquet').exists()
+    r = invoke('ribo_data', tmp_path/name, '--out', tmp_path/'s.arrow')
+    assert r.exit_code == 1 and name in r.output and not (tmp_path/'s.arrow').exists()
 
 def test_truncated_parquet_keeps_the_old_store(raw, tmp_path):
     raw.to_parquet(tmp_path/'raw.parquet')
-    assert invoke('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'s.parquet').exit_code == 0
-    before = (tmp_path/'s.parquet').read_bytes()
+    assert invoke('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'s.arrow').exit_code == 0
+    before = (tmp_path/'s.arrow').read_bytes()
     (tmp_path/'raw.parquet').write_bytes((tmp_path/'raw.parquet').read_bytes()[:-4000])
-    r = invoke('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'s.parquet')
+    r = invoke('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'s.arrow')
     assert r.exit_code == 1 and 'cut short' in r.output
-    assert (tmp_path/'s.parquet').read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ['raw.parquet','s.parquet']
+    assert (tmp_path/'s.arrow').read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ['raw.parquet','s.arrow']
 
 def test_rows_in_any_order_and_either_key_name(raw, tmp_path):
     "A shuffled table whose key is called id gives the same store"
     raw.to_parquet(tmp_path/'a.parquet')
     raw.sample(frac=1, random_state=1).rename(columns={'sequence_id':'id'}).to_csv(tmp_path/'b.csv', index=False)
-    for n in ('a.parquet','b.csv'): assert invoke('ribo_data', tmp_path/n, '--out', tmp_path/f'{n}.store').exit_code == 0
-    a,b = (Store(tmp_path/f'{n}.store') for n in ('a.parquet','b.csv'))
+    for n in ('a.parquet','b.csv'): assert invoke('ribo_data', tmp_path/n, '--out', tmp_path/f'{n}.store.arrow').exit_code == 0
+    a,b = (Store(tmp_path/f'{n}.store.arrow') for n in ('a.parquet','b.csv'))
     pd.testing.assert_frame_equal(a.rows, b.rows)
-    np.testing.assert_array_equal(a.react, b.react); np.testing.assert_array_equal(a.err, b.err)
+    for x,y in zip(a.arrays(np.arange(len(a))), b.arrays(np.arange(len(b))), strict=True): np.testing.assert_array_equal(x, y)
 
 def test_modifiers_far_apart(raw, tmp_path):
     "All 2A3 rows first, the DMS rows backwards after them: the same store as with the two side by side"
     raw.to_parquet(tmp_path/'a.parquet')
     dms = raw.experiment_type == 'DMS_MaP'
     pd.concat([raw[~dms], raw[dms][::-1]]).to_parquet(tmp_path/'b.parquet', row_group_size=7)
-    a,b = (write_store(tmp_path/f'{n}.parquet', tmp_path/f'{n}.store') for n in 'ab')
+    a,b = (write_store(tmp_path/f'{n}.parquet', tmp_path/f'{n}.store.arrow') for n in 'ab')
     pd.testing.assert_frame_equal(a, b)
-    a,b = (Store(tmp_path/f'{n}.store') for n in 'ab')
-    np.testing.assert_array_equal(a.profile, b.profile)
+    a,b = (Store(tmp_path/f'{n}.store.arrow') for n in 'ab')
+    for x,y in zip(a.arrays(np.arange(len(a))), b.arrays(np.arange(len(b))), strict=True): np.testing.assert_array_equal(x, y)
 
 def test_csv_dialects(raw, tmp_path):
     "CRLF, quotes, a byte order mark, NaN and NA, exponents, blank lines, no newline at the end"
@@ -72,10 +72,11 @@ def test_csv_dialects(raw, tmp_path):
     raw.to_csv(tmp_path/'b.csv', index=False, quoting=csv.QUOTE_ALL, lineterminator='\r\n', encoding='utf-8-sig')
     raw.to_csv(tmp_path/'c.csv', index=False, na_rep='NaN', float_format='%.9e')
     (tmp_path/'d.csv').write_text(raw.to_csv(index=False, na_rep='NA').replace('\n', '\n\n').rstrip())
-    want = write_store(tmp_path/'a.csv', tmp_path/'a.store')
+    want = write_store(tmp_path/'a.csv', tmp_path/'a.store.arrow')
     for n in 'bcd':
-        pd.testing.assert_frame_equal(write_store(tmp_path/f'{n}.csv', tmp_path/f'{n}.store'), want)
-        np.testing.assert_array_equal(Store(tmp_path/f'{n}.store').profile, Store(tmp_path/'a.store').profile)
+        pd.testing.assert_frame_equal(write_store(tmp_path/f'{n}.csv', tmp_path/f'{n}.store.arrow'), want)
+        got,first = Store(tmp_path/f'{n}.store.arrow'),Store(tmp_path/'a.store.arrow')
+        for x,y in zip(got.arrays(np.arange(len(got))), first.arrays(np.arange(len(got))), strict=True): np.testing.assert_array_equal(x, y)
 
 def test_killed_conversion_leaves_no_store(raw, tmp_path):
     "SIGKILL at any moment: no store; the next start succeeds and nothing else is left"
@@ -84,40 +85,14 @@ def test_killed_conversion_leaves_no_store(raw, tmp_path):
     (tmp_path/'out').mkdir()
     seen = set()
     for _ in range(2):
-        p = start('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'out'/'s.parquet')
+        p = start('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'out'/'s.arrow')
         while p.poll() is None and not (litter := [f.name for f in (tmp_path/'out').iterdir()]): time.sleep(.002)
         p.send_signal(signal.SIGKILL); p.communicate()
         seen |= set(litter)
-        assert not (tmp_path/'out'/'s.parquet').exists()
+        assert not (tmp_path/'out'/'s.arrow').exists()
     assert any(f.endswith('.tmp') for f in seen)
-    assert invoke('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'out'/'s.parquet').exit_code == 0
-    assert [f.name for f in (tmp_path/'out').iterdir()] == ['s.parquet']
-
-def test_store_in_a_folder_that_cannot_be_written(raw, tmp_path, monkeypatch):
-    "The sidecar goes to the temporary folder, and is found there again"
-    raw.to_parquet(tmp_path/'raw.parquet')
-    write_store(tmp_path/'raw.parquet', tmp_path/'s.parquet')
-    write,spare,wrote = data._write_sidecar,tmp_path/'spare',[]
-    def refuse(store, path, *rest):
-        if path.parent == tmp_path: raise PermissionError(13, 'Permission denied')
-        wrote.append(path)
-        write(store, path, *rest)
-    monkeypatch.setattr(data, '_write_sidecar', refuse)
-    monkeypatch.setattr(data.tempfile, 'gettempdir', lambda: str(spare))
-    a,b = Store(tmp_path/'s.parquet'),Store(tmp_path/'s.parquet')
-    np.testing.assert_array_equal(a.profile, b.profile)
-    assert len(wrote) == 1 and not list(tmp_path.glob('*.mmap'))
-
-def test_sidecar_belongs_to_its_store(raw, tmp_path):
-    "A store written anew under the same name does not get the profiles of the old one"
-    for n,d in dict(a=raw, b=raw[raw.sequence_id != raw.sequence_id[0]]).items(): d.to_parquet(tmp_path/f'{n}.parquet')
-    n = []
-    for k in 'ab':
-        write_store(tmp_path/f'{k}.parquet', tmp_path/'s.parquet')
-        s = Store(tmp_path/'s.parquet')
-        assert len(s.react) == s.rows.sequence.str.len().sum()
-        n.append(len(s))
-    assert n[0] > n[1]
+    assert invoke('ribo_data', tmp_path/'raw.parquet', '--out', tmp_path/'out'/'s.arrow').exit_code == 0
+    assert [f.name for f in (tmp_path/'out').iterdir()] == ['s.arrow']
 
 def test_batches_on_any_lengths():
     "Every row exactly once over all ranks, the budget kept, as many batches in every epoch"
@@ -134,11 +109,11 @@ def test_batches_on_any_lengths():
                     assert len(b) == 1 or length[b].max()*len(b) <= 2000
 
 def test_flip_twice_is_the_identity(mount):
-    s = Store(mount/'store.parquet')
+    s = Store(mount/'store.arrow')
     rows = np.arange(20)
     a,b = training_batch(s, rows),training_batch(s, rows, flip=np.ones(20, bool))
     for k in ('seq','react','react_err'):
-        for i,n in enumerate(np.diff(s.start)[:20]): np.testing.assert_array_equal(b[k][i,:n].flip(0), a[k][i,:n])
+        for i,n in enumerate(s.length[:20]): np.testing.assert_array_equal(b[k][i,:n].flip(0), a[k][i,:n])
     for k in ('mask','sn','SN_filter'): np.testing.assert_array_equal(a[k], b[k])
 
 @real
@@ -157,8 +132,8 @@ def test_bpp_equals_published_reference():
 def test_real_table_and_its_families(tmp_path):
     "Every real profile arrives; replicates and reference families of near-copies do not straddle folds"
     src = REAL/'ribonanza_train_data.parquet'
-    assert invoke('ribo_data', src, '--out', tmp_path/'s.parquet').exit_code == 0
-    s = Store(tmp_path/'s.parquet')
+    assert invoke('ribo_data', src, '--out', tmp_path/'s.arrow').exit_code == 0
+    s = Store(tmp_path/'s.arrow')
     d = pd.read_parquet(src, columns=['sequence_id','experiment_type','dataset_name','signal_to_noise','reactivity_0060'])
     assert s.rows.sequence_id.nunique() == d.sequence_id.nunique()
     assert sum(s.rows[f'signal_to_noise_{m}'].notna().sum() for m in MODS) == len(d)
@@ -173,7 +148,7 @@ def test_real_table_and_its_families(tmp_path):
 @real
 @pytest.mark.parametrize('name,n', [('train_data_sample.csv.gz', 897)])
 def test_kaggle_text_format(tmp_path, name, n):
-    r = invoke('ribo_data', REAL/'format'/name, '--out', tmp_path/'s.parquet')
+    r = invoke('ribo_data', REAL/'format'/name, '--out', tmp_path/'s.arrow')
     assert r.exit_code == 0, r.output
-    s = Store(tmp_path/'s.parquet')
+    s = Store(tmp_path/'s.arrow')
     assert sum(s.rows[f'signal_to_noise_{m}'].notna().sum() for m in MODS) == n

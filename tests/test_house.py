@@ -200,9 +200,9 @@ def test_every_command_says_its_version(command):
 def test_a_held_out_fold_is_not_reported_as_a_leak(mount, tmp_path):
     from ribo_nb.data import Store
     from ribo_nb.score import Sequences, report_overlap
-    store = Store(mount/'store.parquet')
+    store = Store(mount/'store.arrow')
     said = report_overlap(Sequences(mount/'test'/'test_sequences.csv'), store)
-    assert said.endswith('store.parquet, all in its fold 0: a model that held out fold 0 has not seen them')
+    assert said.endswith('store.arrow, all in its fold 0: a model that held out fold 0 has not seen them')
     table = store.rows[['sequence_id', 'sequence']].drop_duplicates('sequence')
     table.to_csv(tmp_path/'all.csv', index=False)
     assert 'a model trained on it has seen some of them' in report_overlap(Sequences(tmp_path/'all.csv'), store)

@@ -23,7 +23,8 @@ from helpers import invoke
 from ribo_nb import train
 from ribo_nb.bpp import engine
 from ribo_nb.bpp_store import BppStore
-from ribo_nb.data import MODS, Store, sequence_id, wide_columns, write_store
+from ribo_nb.convert import write_store
+from ribo_nb.data import MODS, Store, sequence_id, wide_columns
 from ribo_nb.squeezeformer import toy_batch
 from ribo_nb.train import COSTS, STOPPED, Cfg, Stopped, build, load_checkpoint, load_model, make_cfg, official_mae
 from ribo_nb.train import predict_rows, train_run
@@ -57,7 +58,7 @@ def data(tmp_path_factory):
     names = [n for group in wide_columns(28) for n in group]
     table = pd.DataFrame(np.stack(values).reshape(len(values), -1), columns=names)
     pd.concat([pd.DataFrame(rows), table], axis=1).to_parquet(folder/'raw.parquet')
-    write_store(folder/'raw.parquet', folder/'store.parquet')
+    write_store(folder/'raw.parquet', folder/'store.arrow')
     BppStore(folder/'bpp').fill(sequences, n_jobs=1)
     return folder
 
@@ -117,7 +118,7 @@ def trained(data, tmp_path_factory):
     def run(**overrides):
         tape, out = Tape(), tmp_path_factory.mktemp('run')
         with tape():
-            metrics = train_run(make_cfg('cfg_demo', TINY | overrides), data/'store.parquet', out, data/'bpp', brief=True)
+            metrics = train_run(make_cfg('cfg_demo', TINY | overrides), data/'store.arrow', out, data/'bpp', brief=True)
         tape.out, tape.metrics, tape.best = out, metrics, load_checkpoint(out/'best.pt')
         tape.log = [json.loads(line) for line in (out/'log.jsonl').read_text().splitlines()]
         return tape
@@ -201,7 +202,7 @@ def test_running_average_predicts(trained, data):
     assert not same(tape.best['model'], tape.best['raw'], 1e-4)
     assert same(trained().best['model'], trained().steps[-1].after, 0)  # without: the last weights
     for run in (tape, trained()):
-        store, (model, _) = Store(data/'store.parquet'), load_model(run.out/'best.pt')
+        store, (model, _) = Store(data/'store.arrow'), load_model(run.out/'best.pt')
         rows = train.held_out(store, 0)
         scores = [(p, store[i][0], store.SN_filter[i]) for p, i in
                   zip(predict_rows(model, store, BppStore(data/'bpp'), rows), rows, strict=True)]
@@ -272,7 +273,7 @@ def test_one_measurement_of_each_sequence(trained):
 @covers('fold')
 @pytest.mark.parametrize('fold', [-1, 0, 2])
 def test_the_held_out_fold_is_not_seen(trained, data, fold):
-    rows = Store(data/'store.parquet').rows
+    rows = Store(data/'store.arrow').rows
     tape = trained(fold=fold)
     assert set(tape.sequences()) == set(rows.sequence[rows.fold != fold])
     assert ('scores' in tape.metrics) == (fold >= 0)
@@ -475,7 +476,7 @@ def test_time_budget_stops_in_time_and_goes_on(data, tmp_path, clock, monkeypatc
     monkeypatch.setattr(train, 'draw_run', lambda trainer, metrics: None)
     budget = (5 * 30 + 20) / 3600 / .95
     o = json.dumps(TINY | dict(n_epoch=4, time_budget=budget, score_every=9))
-    args = ('ribo_train', 'cfg_demo', '--data', data/'store.parquet', '--bpp', data/'bpp', '--run', tmp_path)
+    args = ('ribo_train', 'cfg_demo', '--data', data/'store.arrow', '--bpp', data/'bpp', '--run', tmp_path)
     for step in (6, 12):
         r = invoke(*args, '--overrides', o)
         assert r.exit_code == 0 and 'start it again to go on' in r.output
@@ -523,7 +524,7 @@ MOMENTS = [('while RNAs are folded', BppStore, 'fill', 0), ('while the first bat
 @pytest.mark.parametrize('moment,where,name,step', MOMENTS, ids=[m[0] for m in MOMENTS])
 def test_asked_to_stop_before_the_first_checkpoint(data, trained, tmp_path, monkeypatch, capsys, moment, where, name, step, number):
     "Saved at the first opportunity; the same call goes on and ends as if nothing had happened"
-    cfg, args = make_cfg('cfg_demo', TINY), (data/'store.parquet', tmp_path, data/'bpp')
+    cfg, args = make_cfg('cfg_demo', TINY), (data/'store.arrow', tmp_path, data/'bpp')
     with monkeypatch.context() as m:
         m.setattr(where, name, signal_once(number, getattr(where, name)))
         with pytest.raises(Stopped, match=f'{number.name}: stopped .*last.pt; start the same run again') as stopped:
@@ -543,7 +544,7 @@ def test_asked_to_stop_before_the_first_checkpoint(data, trained, tmp_path, monk
 def test_stopped_while_folding_keeps_what_was_folded(data, tmp_path, monkeypatch):
     "By the command, whose exit code says that the same one goes on"
     monkeypatch.setattr(train, 'draw_run', lambda trainer, metrics: None)
-    looks, args = [], ('ribo_train', 'cfg_demo', '--data', data/'store.parquet', '--bpp', tmp_path/'bpp', '--run', tmp_path/'run',
+    looks, args = [], ('ribo_train', 'cfg_demo', '--data', data/'store.arrow', '--bpp', tmp_path/'bpp', '--run', tmp_path/'run',
                        '--overrides', json.dumps(TINY | dict(n_epoch=1)))
     fill = BppStore.fill
 
@@ -762,7 +763,7 @@ def test_moot_fields_of_training_are_refused():
 
 def test_a_run_that_would_claim_what_it_never_did_does_not_begin(data, tmp_path):
     with pytest.raises(ValueError, match='mamba does not read it'):
-        train_run(dataclasses.replace(train.cfg_mamba, kernel_size=9), data/'store.parquet', tmp_path/'run', data/'bpp')
+        train_run(dataclasses.replace(train.cfg_mamba, kernel_size=9), data/'store.arrow', tmp_path/'run', data/'bpp')
     assert not (tmp_path/'run').exists()
 
 
@@ -777,11 +778,11 @@ def test_a_run_of_before_goes_on(data, tmp_path, monkeypatch):
     cfg = make_cfg('cfg_demo', TINY | dict(n_epoch=1))
     with monkeypatch.context() as m:
         m.setattr(train, 'check_read', lambda cfg, given: None)
-        old = train_run(dataclasses.replace(cfg, d_pair=16), data/'store.parquet', tmp_path, data/'bpp', brief=True)
+        old = train_run(dataclasses.replace(cfg, d_pair=16), data/'store.arrow', tmp_path, data/'bpp', brief=True)
     assert load_model(tmp_path/'best.pt')[1].d_pair == 16
     for again in (cfg, make_cfg(tmp_path/'cfg.json')):
         assert again.d_pair == Cfg().d_pair
-        assert train_run(again, data/'store.parquet', tmp_path, data/'bpp', brief=True)['scores'] == old['scores']
+        assert train_run(again, data/'store.arrow', tmp_path, data/'bpp', brief=True)['scores'] == old['scores']
 
 
 # ---------------------------------------------------------------- nothing is left out

@@ -63,11 +63,11 @@ def leave(stub, step=7, finished=False, **files):
 
 def test_push(stub, mount, wheel):
     "Private datasets, a kernel without internet on T4s; what did not change is not sent again"
-    out = push(stub, '--data', mount/'store.parquet', '--bpp', mount/'bpp')
+    out = push(stub, '--data', mount/'store.arrow', '--bpp', mount/'bpp')
     assert 'version 1 runs' in out and 'ribo_kaggle continue cfg_demo' in out
     assert set(stub.datasets) == {'someone/ribo-nb-code','someone/ribo-nb-data-store'}
     assert stub.datasets['someone/ribo-nb-code'] == [{wheel.name: wheel.read_bytes(), 'extra-1-py3-none-any.whl': stub.extra.read_bytes()}]
-    assert set(stub.datasets['someone/ribo-nb-data-store'][0]) == {'store.parquet','bpp.sqlite'}
+    assert set(stub.datasets['someone/ribo-nb-data-store'][0]) == {'store.arrow','bpp.sqlite'}
     k, = stub.kernels['someone/ribo-nb-cfg-demo']
     assert (k['machineShape'], k['enableInternet'], k['isPrivate'], k['newTitle']) == ('NvidiaTeslaT4', False, True, 'ribo nb cfg demo')
     assert k['datasetDataSources'] == ['someone/ribo-nb-code','someone/ribo-nb-data-store'] and not k.get('competitionDataSources')
@@ -168,7 +168,7 @@ def test_an_upload_that_fails_makes_no_dataset(stub):
 
 def test_continue_until_done_then_pull(stub, mount):
     assert 'ribo_kaggle push cfg_demo' in kaggle('continue', 'cfg_demo').output
-    push(stub, '--data', mount/'store.parquet')
+    push(stub, '--data', mount/'store.arrow')
     stub.status = 'RUNNING'
     assert 'is running' in kaggle('continue', 'cfg_demo').output and 'running' in kaggle('status', 'cfg_demo').output
     stub.status = 'COMPLETE'
@@ -281,8 +281,8 @@ def test_download(stub, monkeypatch, tmp_path):
 def test_ribo_data_fetches_or_finds(stub, mount, tmp_path):
     raw = pd.read_parquet(mount/'raw.parquet').to_csv(index=False).encode()
     stub.files = {'train_data.csv': raw, 'test_sequences.csv': b'x'}
-    r = invoke('ribo_data', '--kaggle', '--out', tmp_path/'s.parquet')
-    assert r.exit_code == 0 and (tmp_path/'s.parquet').exists() and (stub.project/'datamount'/'raw'/'train_data.csv').read_bytes() == raw, r.output
+    r = invoke('ribo_data', '--kaggle', '--out', tmp_path/'s.arrow')
+    assert r.exit_code == 0 and (tmp_path/'s.arrow').exists() and (stub.project/'datamount'/'raw'/'train_data.csv').read_bytes() == raw, r.output
     (tmp_path/'k'/'input'/'competitions'/'x').mkdir(parents=True)
     shutil.move(stub.project/'datamount'/'raw'/'train_data.csv', tmp_path/'k'/'input'/'competitions'/'x'/'train_data.csv')
     before = len(stub.seen)
@@ -365,7 +365,7 @@ def attach(project, root, output=None, names='*'):
 
 def test_kernel_stopped_by_its_budget_and_continued_equals_one_long_run(stub, mount, image, tmp_path, monkeypatch):
     o = json.dumps(json.loads(TINY) | dict(n_epoch=60, dropout=.1, flip=True, ema=.99))
-    args = ('--data', mount/'store.parquet', '--bpp', mount/'bpp', '--overrides', o, '--accelerator', 'none')
+    args = ('--data', mount/'store.arrow', '--bpp', mount/'bpp', '--overrides', o, '--accelerator', 'none')
     push(stub, *args, '--hours', 1)
     kernel,state = stub.project/'datamount'/'kaggle'/'cfg_demo'/'kernel',stub.project/'datamount'/'kaggle'/'cfg_demo.json'
     attach(stub.project, tmp_path/'whole')
@@ -394,7 +394,7 @@ def test_kernel_stopped_by_its_budget_and_continued_equals_one_long_run(stub, mo
     assert drop(tmp_path/'whole') == drop(root)
 
 def test_kernel_refuses_yesterdays_wheel_and_a_foreign_output(stub, mount, image, tmp_path):
-    push(stub, '--data', mount/'store.parquet', '--overrides', TINY, '--accelerator', 'none')
+    push(stub, '--data', mount/'store.arrow', '--overrides', TINY, '--accelerator', 'none')
     kernel = stub.project/'datamount'/'kaggle'/'cfg_demo'/'kernel'/'kernel.ipynb'
     attach(stub.project, tmp_path/'a')
     whl = next((tmp_path/'a').rglob('ribo_nb-*.whl'))
@@ -414,10 +414,10 @@ def test_kernel_refuses_yesterdays_wheel_and_a_foreign_output(stub, mount, image
 def test_kernel_that_predicts(stub, mount, image, tmp_path):
     "push --infer: the outputs of pushed runs, as an ensemble → submission.parquet, which passes the validator"
     from ribo_nb.score import check_submission
-    push(stub, '--data', mount/'store.parquet', '--overrides', TINY, '--accelerator', 'none')
+    push(stub, '--data', mount/'store.arrow', '--overrides', TINY, '--accelerator', 'none')
     state = json.loads((stub.project/'datamount'/'kaggle'/'cfg_demo.json').read_text())
     run = tmp_path/'k'/'input'/'ribo-nb-cfg-demo'
-    r = invoke('ribo_train', 'cfg_demo', '--data', mount/'store.parquet', '--bpp', mount/'bpp', '--run', run/'run', '--overrides', TINY)
+    r = invoke('ribo_train', 'cfg_demo', '--data', mount/'store.arrow', '--bpp', mount/'bpp', '--run', run/'run', '--overrides', TINY)
     assert r.exit_code == 0, r.output
     (run/'ribo.json').write_text(json.dumps(dict(ribo_kaggle=1, nonce='n', run=state['run'], step=1, finished=True)))
     r = kaggle('push', '--infer', 'cfg_demo', '--wheel', stub.extra, '--accelerator', 'none')

@@ -3,7 +3,7 @@ import json
 from helpers import ROOT,TINY,call,invoke
 
 def papermill(mount, out, *params):
-    return call('papermill', '--no-progress-bar', ROOT/'nbs'/'04_train.ipynb', out/'train.ipynb', '-p', 'data', mount/'store.parquet', '-p', 'bpps', mount/'bpp', *params)
+    return call('papermill', '--no-progress-bar', ROOT/'nbs'/'04_train.ipynb', out/'train.ipynb', '-p', 'data', mount/'store.arrow', '-p', 'bpps', mount/'bpp', *params)
 
 def text(notebook): return json.dumps(json.loads(notebook.read_text())['cells'])
 
@@ -28,7 +28,7 @@ def test_misspelt_names_stop_the_run(mount, tmp_path):
         assert not (tmp_path/'run').exists()
 
 def test_infer_notebook(mount, tmp_path):
-    assert invoke('ribo_train', 'cfg_demo', '--data', mount/'store.parquet', '--bpp', mount/'bpp', '--run', tmp_path/'a', '--overrides', TINY).exit_code == 0
+    assert invoke('ribo_train', 'cfg_demo', '--data', mount/'store.arrow', '--bpp', mount/'bpp', '--run', tmp_path/'a', '--overrides', TINY).exit_code == 0
     nb = ROOT/'nbs'/'05_infer.ipynb'
     r = call('papermill', '--no-progress-bar', nb, tmp_path/'i.ipynb', '-p', 'ckpt', tmp_path/'a', '-p', 'sequences', mount/'test'/'test_sequences.csv', '-p', 'out', tmp_path/'sub.parquet')
     assert r.returncode == 0, r.stderr[-2000:]

@@ -62,7 +62,7 @@ def test_training_begins_with_official_weights(official, mount, tmp_path):
     path,net = official
     begun = train._fresh(replace(OFFICIAL, start=str(path), device='cpu')).state_dict()
     assert all(torch.equal(v, net.state_dict()[k]) for k,v in begun.items())
-    args = '--data',mount/'store.parquet','--bpp',mount/'bpp','--run',tmp_path/'run'
+    args = '--data',mount/'store.arrow','--bpp',mount/'bpp','--run',tmp_path/'run'
     for start,why in ((path, 'start cfg_ribonanzanet with them'), (tmp_path/'gone.pt', 'no such checkpoint')):
         r = invoke('ribo_train', 'cfg_demo', *args, '--overrides', json.dumps(json.loads(TINY) | dict(start=str(start))))
         assert r.exit_code == 1 and why in r.output and not (tmp_path/'run').exists(), r.output
@@ -168,10 +168,10 @@ def test_all_are_drawn_when_they_are_few():
 
 
 def test_a_run_remembers_what_it_has_seen(mount, tmp_path):
-    r = invoke('ribo_train', 'cfg_demo', '--data', mount/'store.parquet', '--bpp', mount/'bpp', '--run', tmp_path/'run', '--overrides', TINY)
+    r = invoke('ribo_train', 'cfg_demo', '--data', mount/'store.arrow', '--bpp', mount/'bpp', '--run', tmp_path/'run', '--overrides', TINY)
     assert r.exit_code == 0, r.output
     model = load(tmp_path/'run', 'cpu')
-    length = Store(mount/'store.parquet').rows.sequence.str.len()
+    length = Store(mount/'store.arrow').rows.sequence.str.len()
     seen = {k: model.seen[k] for k in ('shortest','longest','start','end')}
     assert seen == dict(shortest=length.min(), longest=length.max(), start=26, end=20)
     assert '9 nt' in predict(model, 'GGGAAACCC').warning[0]

@@ -17,7 +17,8 @@ from helpers import ROOT, invoke
 from ribo_nb import infer, kaggle, score
 from ribo_nb.bpp import engine, read_sequences
 from ribo_nb.bpp_store import BppStore
-from ribo_nb.data import Store, atomic, own_folder, simulate, write_store
+from ribo_nb.convert import write_store
+from ribo_nb.data import Store, atomic, own_folder, simulate
 from ribo_nb.infer import Ensemble, Sequences, load
 from ribo_nb.score import fit_ensemble, score_files
 from ribo_nb.train import build, cfg_demo, compare, watch
@@ -61,8 +62,8 @@ def test_stores_of_one_name(tmp_path, monkeypatch):
     for name in ('train_data.v1.csv', 'train_data.v2.csv', 'train_data.v1.csv'):
         done = invoke('ribo_data', name, '--folds', 2)
         assert done.exit_code == 0, done.output
-    stores = sorted((tmp_path/'datamount'/'parquet').glob('*.parquet'))
-    assert [p.name for p in stores] == ['train_data.v1.parquet', 'train_data.v2.parquet']
+    stores = sorted((tmp_path/'datamount'/'parquet').glob('*.arrow'))
+    assert [p.name for p in stores] == ['train_data.v1.arrow', 'train_data.v2.arrow']
     before = stores[0].read_bytes()
     for args in (('other/train_data.v1.csv',), ('train_data.v1.csv', '--sample', 5)):
         refused = invoke('ribo_data', *args, '--folds', 2)
@@ -74,7 +75,7 @@ def test_make_keeps_versions_apart():
     "`make demo` names store, test set and submission by the whole name of the table"
     for data, name in (('raw/train_data.v1.csv', 'train_data.v1'), ('train_data.v2.csv.gz', 'train_data.v2'), ('a b/my data.parquet', 'my_data')):
         r = subprocess.run(['make', '-n', 'demo', f'DATA={data}'], cwd=ROOT, capture_output=True, text=True)
-        assert f'--out datamount/parquet/{name}-1500.parquet' in r.stdout, r.stdout + r.stderr
+        assert f'--out datamount/parquet/{name}-1500.arrow' in r.stdout, r.stdout + r.stderr
 
 
 def test_submissions_of_one_name(tmp_path):
@@ -101,7 +102,7 @@ def test_members_of_one_name(tmp_path, monkeypatch):
     y, part = rng.random((400, 2)), np.arange(400) % 4
     preds = (y + rng.normal(0, .1, (2, 400, 2))).clip(0, 1)
     monkeypatch.setattr(score, 'out_of_fold', lambda *_: (preds, y, part, [0, 1]))
-    store = type('Store', (), dict(path=tmp_path/'s.parquet', meta={}))
+    store = type('Store', (), dict(path=tmp_path/'s.arrow', meta={}))
     model = Ensemble([nn.Identity(), nn.Identity()], [cfg_demo, cfg_demo], paths)
     scores, _, _ = fit_ensemble(model, store, tmp_path/'both.json')
     assert list(scores.index[:2]) == ['cfg_0/fold0 alone', 'cfg_mamba/fold0 alone']
@@ -155,42 +156,11 @@ def _umask():
     return old
 
 
-OPENS = """
-import os, sys, time
-from contextlib import contextmanager
-from pathlib import Path
-os.getpid = lambda: 7
-from ribo_nb import data
-folder, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-alone = data.atomic
-@contextmanager
-def together(path):
-    with alone(path) as tmp:
-        (folder/me).touch()
-        while not (folder/other).exists(): time.sleep(.01)
-        yield tmp
-data.atomic = together
-print(data.Store(folder/'s.parquet').profile.sum())
-"""
-
-
-def test_two_containers_open_a_new_store(tmp_path):
-    "Each counts its processes from 1, so both have the same number; both write the store's sidecar at once"
-    simulate(8, seed=1).to_parquet(tmp_path/'raw.parquet')
-    write_store(tmp_path/'raw.parquet', tmp_path/'s.parquet', 2)
-    names = ('a', 'b'), ('b', 'a')
-    both = [subprocess.Popen([sys.executable, '-c', OPENS, tmp_path, *n], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for n in names]
-    said = [p.communicate(timeout=300) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
-    assert said[0][0] == said[1][0]
-    assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'raw.parquet', 's.parquet', 's.parquet.mmap']
-
-
 NOBODY = """
 import os, sys
-from ribo_nb import data
+from ribo_nb import convert, data
 import matplotlib.pyplot
-print(len(data.Store(sys.argv[1])), data._words(4), os.environ['MPLCONFIGDIR'], os.environ['NUMBA_CACHE_DIR'])
+print(len(data.Store(sys.argv[1])), convert._words(4), os.environ['MPLCONFIGDIR'], os.environ['NUMBA_CACHE_DIR'])
 """
 
 
@@ -201,20 +171,20 @@ def test_user_without_name_or_home():
         d = Path(d)
         shutil.copytree(ROOT/'ribo_nb', d/'ribo_nb', ignore=shutil.ignore_patterns('__pycache__', 'weights'))
         simulate(8, seed=1).to_parquet(d/'raw.parquet')
-        write_store(d/'raw.parquet', d/'s.parquet', 2)
+        write_store(d/'raw.parquet', d/'s.arrow', 2)
         (d/'tmp').mkdir()
         (d/'tmp').chmod(0o1777)
         d.chmod(0o755)
         env = dict(PATH=os.environ['PATH'], HOME='/nonexistent', TMPDIR=str(d/'tmp'), PYTHONPATH=str(d), PYTHONDONTWRITEBYTECODE='1')
         who = ['setpriv', '--reuid=12345', '--regid=12345', '--clear-groups']
-        r = subprocess.run([*who, sys.executable, '-c', NOBODY, d/'s.parquet'], cwd=d, env=env, capture_output=True, text=True)
+        r = subprocess.run([*who, sys.executable, '-c', NOBODY, d/'s.arrow'], cwd=d, env=env, capture_output=True, text=True)
         if 'Permission denied' in r.stderr and not r.stdout: pytest.skip(f'others may not run {sys.executable}')
         own = d/'tmp'/'ribo_nb-12345'
         assert r.returncode == 0, r.stderr
-        assert r.stdout.split() == [str(len(Store(d/'s.parquet'))), '9', str(own/'matplotlib'), str(own/'numba')]
+        assert r.stdout.split() == [str(len(Store(d/'s.arrow'))), '9', str(own/'matplotlib'), str(own/'numba')]
         assert r.stderr.count('ribo_nb: ') == r.stderr.count('compiles is kept in') == 1 and 'atplotlib' not in r.stderr, r.stderr
         assert own.stat().st_mode & 0o777 == 0o700
-        assert list(own.glob('numba/**/*.nbi')) and list(own.glob('*.mmap'))
+        assert list(own.glob('numba/**/*.nbi'))
 
 
 def test_own_folder_is_ours(tmp_path, monkeypatch):
@@ -308,17 +278,17 @@ def test_skip_bad_in_a_raw_table(tmp_path):
     table = pd.concat([good, bad], ignore_index=True)  # the fourth of the bad is a second profile, the fifth another sequence
     for kind in ('csv', 'parquet'):
         getattr(table, f'to_{kind}')(tmp_path/f'raw.{kind}', index=False)
-        asked = ('ribo_data', tmp_path/f'raw.{kind}', '--out', tmp_path/f'{kind}.store.parquet', '--folds', 2)
+        asked = ('ribo_data', tmp_path/f'raw.{kind}', '--out', tmp_path/f'{kind}.store.arrow', '--folds', 2)
         refused = invoke(*asked)
         assert refused.exit_code == 1 and f'row {len(good)+2} (' in refused.output, refused.output
         done = invoke(*asked, '--skip-bad')
         assert done.exit_code == 0 and '5 rows of ' in done.output, done.output
-        rows = left_out(tmp_path/f'{kind}.store.parquet.skipped.csv')
+        rows = left_out(tmp_path/f'{kind}.store.arrow.skipped.csv')
         assert sorted(r[0] for r in rows) == list(range(len(good)+1, len(good)+6))
     good.to_parquet(tmp_path/'good.parquet')
-    write_store(tmp_path/'good.parquet', tmp_path/'s.parquet', 2)
-    want = Store(tmp_path/'s.parquet')
+    write_store(tmp_path/'good.parquet', tmp_path/'s.arrow', 2)
+    want = Store(tmp_path/'s.arrow')
     for kind in ('csv', 'parquet'):
-        got = Store(tmp_path/f'{kind}.store.parquet')
+        got = Store(tmp_path/f'{kind}.store.arrow')
         pd.testing.assert_frame_equal(got.rows, want.rows)
-        np.testing.assert_allclose(got.profile, want.profile, atol=1e-6)
+        for x, y in zip(got.arrays(np.arange(len(got))), want.arrays(np.arange(len(want))), strict=True): np.testing.assert_allclose(x, y, atol=1e-6)

@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 from helpers import ROOT, TINY, invoke
 
-from ribo_nb import bpp, data, infer, score, structure, train
+from ribo_nb import bpp, convert, data, infer, score, structure, train
 
 ONE_EPOCH = json.loads(TINY) | dict(n_epoch=1)
 
 
-def run(mount, out, *more, store='store.parquet', **overrides):
+def run(mount, out, *more, store='store.arrow', **overrides):
     return invoke('ribo_train', 'cfg_demo', '--data', mount/store, '--bpp', mount/'bpp', '--run', out,
                   '--overrides', json.dumps(ONE_EPOCH | overrides), *more)
 
@@ -44,29 +44,29 @@ def everything(mount, tmp_path_factory):
 def test_without_data_a_full_configuration_stops_and_names_the_two_commands(clone):
     r = invoke('ribo_train', 'cfg_0')
     assert r.exit_code == 1
-    assert 'ribo_data train_data.csv --out datamount/parquet/train.parquet' in r.output
-    assert 'ribo_bpp datamount/parquet/train.parquet' in r.output
+    assert 'ribo_data train_data.csv --out datamount/parquet/train.arrow' in r.output
+    assert 'ribo_bpp datamount/parquet/train.arrow' in r.output
     assert not (clone/'datamount'/'runs').exists()
     assert not list((clone/'datamount').rglob('*.parquet'))
 
 
 def test_one_store_is_taken_several_are_listed_and_other_tables_do_not_count(mount, clone):
     folder = clone/'datamount'/'parquet'
-    store = (mount/'store.parquet').read_bytes()
-    (folder/'simulated-60.parquet').write_bytes(store)
+    store = (mount/'store.arrow').read_bytes()
+    (folder/'simulated-60.arrow').write_bytes(store)
     (folder/'raw.parquet').write_bytes((mount/'raw.parquet').read_bytes())
     (folder/'solution.parquet').write_bytes((mount/'test'/'solution.parquet').read_bytes())
-    (folder/'damaged.parquet').write_bytes(store[:999])
+    (folder/'damaged.arrow').write_bytes(store[:999])
     with pytest.raises(ValueError, match='there is no store'):
         train.choose_data('cfg_0')
-    (folder/'train.parquet').write_bytes(store)
+    (folder/'train.arrow').write_bytes(store)
     r = invoke('ribo_train', 'cfg_0', '--dry-run')
     assert r.exit_code == 0
-    assert 'training on datamount/parquet/train.parquet, the one store' in r.output
-    (folder/'second.parquet').write_bytes(store)
+    assert 'training on datamount/parquet/train.arrow, the one store' in r.output
+    (folder/'second.arrow').write_bytes(store)
     r = invoke('ribo_train', 'cfg_0', '--dry-run')
     assert r.exit_code == 1
-    assert 'parquet/second.parquet' in r.output and 'parquet/train.parquet' in r.output
+    assert 'parquet/second.arrow' in r.output and 'parquet/train.arrow' in r.output
     assert 'damaged' not in r.output and 'solution' not in r.output
     assert str(train.choose_data('cfg_0', 'simulated')) == train.choose_data('cfg_demo') == 'simulated'
 
@@ -99,11 +99,11 @@ def test_summary_needs_no_data(clone):
 
 
 def test_simulated_is_said_wherever_a_run_is_described(mount, everything):
-    assert json.loads((everything/'metrics.json').read_text())['data'] == 'store.parquet (SIMULATED)'
+    assert json.loads((everything/'metrics.json').read_text())['data'] == 'store.arrow (SIMULATED)'
     assert 'SIMULATED' in (everything/'starts.jsonl').read_text()
     assert 'SIMULATED' in train.watch(everything)
     again = run(mount, everything, fold=-1).output
-    assert 'data: store.parquet (SIMULATED)' in again and 'nothing is left to do' in again
+    assert 'data: store.arrow (SIMULATED)' in again and 'nothing is left to do' in again
 
 
 # ---- parameters of the notebooks
@@ -165,7 +165,7 @@ NO_ROWS = np.array([], int)
 @pytest.fixture(scope='module')
 def few(mount):
     class Few:
-        store = data.Store(mount/'store.parquet')
+        store = data.Store(mount/'store.arrow')
         model = infer.Ensemble([train.build(train.make_cfg('cfg_demo', json.loads(TINY)))],
                                [train.make_cfg('cfg_demo', json.loads(TINY))])
         bpp = bpp_store.BppStore(mount/'bpp')
@@ -251,7 +251,7 @@ def dms(mount, tmp_path_factory):
     d = tmp_path_factory.mktemp('dms')
     raw = pd.read_parquet(mount/'raw.parquet')
     raw[raw.experiment_type == 'DMS_MaP'].to_parquet(d/'raw.parquet', index=False)
-    assert invoke('ribo_data', d/'raw.parquet', '--out', d/'store.parquet', '--folds', 2).exit_code == 0
+    assert invoke('ribo_data', d/'raw.parquet', '--out', d/'store.arrow', '--folds', 2).exit_code == 0
     (d/'bpp').symlink_to(mount/'bpp')
     return d
 
@@ -264,7 +264,7 @@ def test_one_modifier_is_trained_and_its_score_is_named(dms, tmp_path):
     own = metrics['scores']['squeezeformer']
     assert set(own) == {'DMS', 'positions'} and len(metrics['scores']) == 4
     # by hand: the mean error over measured positions of profiles that pass
-    store = data.Store(dms/'store.parquet')
+    store = data.Store(dms/'store.arrow')
     rows = data.held_out(store, 0)
     model = train.load_model(tmp_path/'one'/'best.pt')[0].eval()
     preds = train.predict_rows(model, store, bpp_store.BppStore(dms/'bpp'), rows)
@@ -282,7 +282,7 @@ def test_one_modifier_is_trained_and_its_score_is_named(dms, tmp_path):
 
 
 def test_a_solution_with_one_modifier_is_scored_by_it(dms, tmp_path):
-    store = data.Store(dms/'store.parquet')
+    store = data.Store(dms/'store.arrow')
     data.write_holdout(store, 0, tmp_path)
     solution = pd.read_parquet(tmp_path/'solution.parquet')
     sub = pd.DataFrame(dict(id=solution.id, reactivity_DMS_MaP=np.float32(.25), reactivity_2A3_MaP=np.float32(.5)))
@@ -301,7 +301,7 @@ def test_modifiers_measured_on_different_rnas_are_scored_each_where_it_was_measu
     raw = pd.read_parquet(mount/'raw.parquet')
     half = raw.sequence.isin(raw.sequence.unique()[::2])
     raw[half == (raw.experiment_type == 'DMS_MaP')].to_parquet(tmp_path/'raw.parquet', index=False)
-    data.write_store(tmp_path/'raw.parquet', tmp_path/'store.parquet', n_fold=2)
+    convert.write_store(tmp_path/'raw.parquet', tmp_path/'store.arrow', n_fold=2)
     (tmp_path/'bpp').symlink_to(mount/'bpp')
     r = run(tmp_path, tmp_path/'r')
     assert r.exit_code == 0 and 'the MAE of 2A3 and DMS, not the official one' in r.output
@@ -311,13 +311,18 @@ def test_modifiers_measured_on_different_rnas_are_scored_each_where_it_was_measu
 
 def test_positions_that_the_official_score_leaves_out_are_counted(mount):
     "DMS at A and C only, as most DMS pipelines deliver it"
-    store = data.Store(mount/'store.parquet')
-    react = store.react.copy()
-    react[~np.isin(store.ids, [1, 2]), 1] = np.nan
-    store.react = react
+    store = data.Store(mount/'store.arrow')
+    whole = store.arrays
+
+    def without_dms_at_g_and_u(rows, flip=None):
+        seq, mask, react, react_err = whole(rows, flip)
+        react[~np.isin(seq, [1, 2]), 1] = np.nan
+        return seq, mask, react, react_err
+
+    store.arrays = without_dms_at_g_and_u
     remark, = train.check_scorable(store, 0, data.held_out(store, 0))
     assert 'leaves out' in remark and 'of 2A3' in remark and 'of DMS' not in remark
-    assert train.check_scorable(data.Store(mount/'store.parquet'), 0, data.held_out(store, 0)) == []
+    assert train.check_scorable(data.Store(mount/'store.arrow'), 0, data.held_out(store, 0)) == []
 
 
 # ---- watch and stop
@@ -342,7 +347,7 @@ def test_watch_after_stop_says_where_it_stopped(mount, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Trainer, 'agree', lambda self, stop: [self.pos.step == 2, False, False])
     out = tmp_path/'r'
     with pytest.raises(train.Stopped):
-        train.train_run(train.make_cfg('cfg_demo', ONE_EPOCH), mount/'store.parquet', out, mount/'bpp', brief=True)
+        train.train_run(train.make_cfg('cfg_demo', ONE_EPOCH), mount/'store.arrow', out, mount/'bpp', brief=True)
     assert 'stopped at step 2 and saved' in train.watch(out)
     assert 'step 2 of' in train.watch(out)
     assert 'nothing trains here' in train.ask_to_stop(out)

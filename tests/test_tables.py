@@ -14,7 +14,8 @@ from helpers import invoke
 
 from ribo_nb import data
 from ribo_nb.bpp import read_sequences
-from ribo_nb.data import Store, held_out, read_raw, read_table, simulate, write_holdout, write_store
+from ribo_nb.convert import read_raw, write_store
+from ribo_nb.data import Store, held_out, read_table, simulate, write_holdout
 from ribo_nb.infer import Sequences, read_sequences_file
 from ribo_nb.score import check_submission, id_batches, score_files
 
@@ -82,11 +83,11 @@ def test_bare_cr_through_the_command(raw, tmp_path):
     (tmp_path/'cr.csv').write_bytes(raw.to_csv(index=False, lineterminator='\r').encode())
     raw.to_csv(tmp_path/'lf.csv', index=False)
     for name in ('cr', 'lf'):
-        result = invoke('ribo_data', tmp_path/f'{name}.csv', '--out', tmp_path/f'{name}.parquet', '--folds', 2)
+        result = invoke('ribo_data', tmp_path/f'{name}.csv', '--out', tmp_path/f'{name}.arrow', '--folds', 2)
         assert result.exit_code == 0, result.output
-    one, two = (Store(tmp_path/f'{name}.parquet') for name in ('cr', 'lf'))
+    one, two = (Store(tmp_path/f'{name}.arrow') for name in ('cr', 'lf'))
     pd.testing.assert_frame_equal(one.rows, two.rows)
-    np.testing.assert_array_equal(one.profile, two.profile)
+    for x, y in zip(one.arrays(np.arange(len(one))), two.arrays(np.arange(len(two))), strict=True): np.testing.assert_array_equal(x, y)
 
 
 def test_fields_as_spreadsheets_write_them(raw, tmp_path):
@@ -363,14 +364,14 @@ def test_one_modifier(raw, tmp_path, there, gone):
     table = raw[raw.experiment_type == f'{there}_MaP'].reset_index(drop=True)
     best = table.assign(dataset_name='better ' + table.dataset_name, signal_to_noise=99., SN_filter=1)
     pd.concat([table.assign(signal_to_noise=1.), best]).to_csv(tmp_path/'t.csv', index=False)
-    result = invoke('ribo_data', tmp_path/'t.csv', '--out', tmp_path/'s.parquet', '--folds', 2)
+    result = invoke('ribo_data', tmp_path/'t.csv', '--out', tmp_path/'s.arrow', '--folds', 2)
     assert result.exit_code == 0, result.output
     assert f'has no {gone} profile: only {there} can be learnt from it and scored' in result.output
-    store = Store(tmp_path/'s.parquet')
+    store = Store(tmp_path/'s.arrow')
     assert store.measured == [there]
     rows = held_out(store, 0)
     assert store.rows.dataset_name[rows].str.startswith('better').all()
-    assert np.isnan(store.react[:, 0 if gone == '2A3' else 1]).all()
+    assert np.isnan(store.arrays(np.arange(len(store)))[2][..., 0 if gone == '2A3' else 1]).all()
     write_holdout(store, 0, tmp_path/'test')
     solution = pd.read_parquet(tmp_path/'test'/'solution.parquet')
     assert (solution.Usage == 'Private').all() and solution[f'reactivity_{there}_MaP'].notna().any()
@@ -378,5 +379,5 @@ def test_one_modifier(raw, tmp_path, there, gone):
 
 def test_both_modifiers_are_not_spoken_of(raw, tmp_path):
     raw.to_parquet(tmp_path/'t.parquet')
-    write_store(tmp_path/'t.parquet', tmp_path/'s.parquet', n_fold=2)
-    assert Store(tmp_path/'s.parquet').measured == ['2A3', 'DMS']
+    write_store(tmp_path/'t.parquet', tmp_path/'s.arrow', n_fold=2)
+    assert Store(tmp_path/'s.arrow').measured == ['2A3', 'DMS']

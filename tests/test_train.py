@@ -7,7 +7,7 @@ from ribo_nb import train
 from ribo_nb.train import COSTS,STOPPED,load_checkpoint,make_cfg,read_neptune,tracking,train_run,trains
 
 def run(mount, out, *more, cfg='cfg_demo', overrides=TINY):
-    return ('ribo_train', cfg, '--data', mount/'store.parquet', '--bpp', mount/'bpp', '--run', out, '--overrides', overrides, *more)
+    return ('ribo_train', cfg, '--data', mount/'store.arrow', '--bpp', mount/'bpp', '--run', out, '--overrides', overrides, *more)
 
 def weights(out): return torch.load(out/'best.pt', weights_only=True)['model']
 
@@ -39,7 +39,7 @@ def fork():
 def test_killed_thirty_times_equals_uninterrupted(mount, tmp_path, fork, model):
     "SIGKILL 20 times at random moments, SIGTERM and SIGINT 5 times each; same weights, log and metrics, bit for bit"
     cfg = make_cfg('cfg_demo', json.loads(TINY) | dict(model=model, n_epoch=60, dropout=.1, flip=True, ema=.99, accumulate=2, save_minutes=.0005))
-    args = mount/'store.parquet',tmp_path/'parts',mount/'bpp'
+    args = mount/'store.arrow',tmp_path/'parts',mount/'bpp'
     (whole := fork(cfg, args[0], tmp_path/'whole', args[2])).join()
     assert whole.exitcode == 0
     rng,codes = random.Random(model),[]
@@ -71,7 +71,7 @@ KILLS = int(os.environ.get('RIBO_KILLS', 2))
 def test_papermill_killed_and_ignoring_sigint(mount, tmp_path):
     "Killed with its kernel, or interrupted where a shell's background job is deaf to SIGINT, at `KILLS` moments; it goes on"
     o = json.dumps(json.loads(TINY) | dict(n_epoch=10 + 4*KILLS, save_minutes=.001))
-    args = lambda out: ('papermill', '--no-progress-bar', ROOT/'nbs'/'04_train.ipynb', out/'train.ipynb', '-p', 'cfg', 'cfg_demo', '-p', 'data', mount/'store.parquet', '-p', 'bpps', mount/'bpp', '-p', 'run', out, '-p', 'overrides', o)
+    args = lambda out: ('papermill', '--no-progress-bar', ROOT/'nbs'/'04_train.ipynb', out/'train.ipynb', '-p', 'cfg', 'cfg_demo', '-p', 'data', mount/'store.arrow', '-p', 'bpps', mount/'bpp', '-p', 'run', out, '-p', 'overrides', o)
     for d in ('whole','parts'): (tmp_path/d).mkdir()
     assert call(*args(tmp_path/'whole')).returncode == 0
     parts = tmp_path/'parts'
@@ -182,7 +182,7 @@ def test_two_processes_train_as_one(mount, tmp_path, alone):
     assert r.returncode == 0, r.stderr[-2000:]
     same_curve(alone, tmp_path/'two')
     with pytest.raises(ZeroDivisionError):  # one process dies after an epoch, two go on
-        train_run(make_cfg('cfg_demo', o), mount/'store.parquet', tmp_path/'other', mount/'bpp', lambda lines: 1/(lines[-1]['epoch'] - 3))
+        train_run(make_cfg('cfg_demo', o), mount/'store.arrow', tmp_path/'other', mount/'bpp', lambda lines: 1/(lines[-1]['epoch'] - 3))
     assert call(*two(mount, tmp_path/'other', o)).returncode == 0
     same_curve(alone, tmp_path/'other')
     a,b = weights(alone),weights(tmp_path/'other')
@@ -221,7 +221,7 @@ def test_notebook_starts_torchrun_that_outlives_it(mount, tmp_path, monkeypatch)
     "The one who called `launch` is killed; the run goes on; a second call looks on and gets the metrics"
     code = "import json,sys; from ribo_nb.train import *; a = json.loads(sys.argv[1]); launch(make_cfg('cfg_demo', a['o']), 2, a['data'], a['out'], a['bpps'])"
     o = json.dumps(json.loads(TWO) | dict(n_epoch=10, save_minutes=.0))
-    argv = [sys.executable, '-c', code, json.dumps(dict(o=o, data=str(mount/'store.parquet'), out=str(tmp_path), bpps=str(mount/'bpp')))]
+    argv = [sys.executable, '-c', code, json.dumps(dict(o=o, data=str(mount/'store.arrow'), out=str(tmp_path), bpps=str(mount/'bpp')))]
     p = subprocess.Popen(argv, env=env(), cwd=ROOT); until(p, tmp_path)
     rank = psutil.Process(json.loads((tmp_path/'status.json').read_text())['pid'])
     rank.suspend()  # it must not end before the second call has looked at it
@@ -233,7 +233,7 @@ def test_notebook_starts_torchrun_that_outlives_it(mount, tmp_path, monkeypatch)
         with contextlib.suppress(psutil.NoSuchProcess): rank.resume()
         time.sleep(.1)
     monkeypatch.setattr(train, 'time', SimpleNamespace(sleep=look))
-    metrics = train.launch(make_cfg('cfg_demo', o), 2, mount/'store.parquet', tmp_path, mount/'bpp')
+    metrics = train.launch(make_cfg('cfg_demo', o), 2, mount/'store.arrow', tmp_path, mount/'bpp')
     assert metrics['parameters'] > 1000 and metrics['finished'] and looks[0]
     assert len((tmp_path/'starts.jsonl').read_text().splitlines()) == 1
 
@@ -270,7 +270,7 @@ def test_one_measurement_of_each_sequence_another_in_the_next_epoch(mount):
     import numpy as np
     from ribo_nb.data import Store
     from ribo_nb.train import training_rows
-    store,cfg = Store(mount/'store.parquet'),make_cfg('cfg_demo', dict(one_each=True, fold=0))
+    store,cfg = Store(mount/'store.arrow'),make_cfg('cfg_demo', dict(one_each=True, fold=0))
     a,b = (training_rows(store, cfg, e) for e in (0, 1))
     seqs = [store.rows.sequence.iloc[r].tolist() for r in (a, b)]
     assert seqs[0] == seqs[1] and len(set(seqs[0])) == len(seqs[0])  # each once, batches stay as they are
@@ -279,15 +279,15 @@ def test_one_measurement_of_each_sequence_another_in_the_next_epoch(mount):
 
 def test_start_from_weights_and_scores_only_where_due(mount, tmp_path):
     tiny = json.loads(TINY)
-    train_run(make_cfg('cfg_demo', tiny | dict(n_epoch=1)), mount/'store.parquet', tmp_path/'a', mount/'bpp', brief=True)
+    train_run(make_cfg('cfg_demo', tiny | dict(n_epoch=1)), mount/'store.arrow', tmp_path/'a', mount/'bpp', brief=True)
     go_on = tiny | dict(n_epoch=3, start=str(tmp_path/'a'/'best.pt'), lr=1e-9, score_every=2)
-    m = train_run(make_cfg('cfg_demo', go_on), mount/'store.parquet', tmp_path/'b', mount/'bpp', brief=True)
+    m = train_run(make_cfg('cfg_demo', go_on), mount/'store.arrow', tmp_path/'b', mount/'bpp', brief=True)
     a,b = weights(tmp_path/'a'),weights(tmp_path/'b')
     assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)  # such a small rate changes nothing
     assert [l['epoch'] for l in log(tmp_path/'b') if 'mae' in l] == [2, 3]  # every second epoch, and the last
     assert list(m['scores']) == ['squeezeformer'] and not list((tmp_path/'b').glob('*.png'))  # brief
     with pytest.raises(ValueError, match='does not fit'):
-        train_run(make_cfg('cfg_demo', go_on | dict(d_model=32)), mount/'store.parquet', tmp_path/'c', mount/'bpp')
+        train_run(make_cfg('cfg_demo', go_on | dict(d_model=32)), mount/'store.arrow', tmp_path/'c', mount/'bpp')
 
 def test_replicates_are_predicted_once(monkeypatch):
     "Several measurements of a sequence cost one prediction, and each row gets it"
