@@ -2,18 +2,19 @@
 
 Which RNAs a network has never seen decides what its score means.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
+import pyarrow as pa
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from ribo_nb.data import Store, assign_folds, atomic, cluster, sequence_id, write_store
+from ribo_nb.convert import write_store
+from ribo_nb.data import Store, sequence_id, store_schema, write_blocks
+from ribo_nb.families import assign_folds, cluster
 
-SUFFIX = '.parquet'  # of stores
+SUFFIX = '.arrow'  # of stores
 LEFT_OUT = -9  # fold of rows that a store does not get
 
 
@@ -24,13 +25,21 @@ def store_path(folder: Path, name: str) -> Path:
 def refold(store: Store, path: Path, fold, how: str) -> Path:
     "The same store with other folds (n), without rows of fold LEFT_OUT; `how` becomes its `split`"
     fold = np.asarray(fold, np.int16)
-    table = pq.read_table(store.path)
-    column = table.schema.get_field_index('fold')
-    table = table.set_column(column, 'fold', [fold]).filter(fold != LEFT_OUT)
+    stays = fold != LEFT_OUT
     meta = store.meta | dict(split=how, n_fold=int(fold.max()) + 1)
-    table = table.replace_schema_metadata({'ribo_nb': json.dumps(meta)})
-    with atomic(path) as tmp:
-        pq.write_table(table, tmp, compression='zstd', write_page_checksum=True)
+    schema = store_schema(int(stays.sum()), meta, store.channels)
+
+    def refolded_blocks():
+        first = 0
+        for k, block in enumerate(store.mapped.blocks):
+            store.mapped.prepare([k])
+            own = slice(first, first + block.num_rows)
+            first = own.stop
+            column = block.schema.get_field_index('fold')
+            block = block.set_column(column, 'fold', pa.array(fold[own]))
+            yield block.filter(pa.array(stays[own])).replace_schema_metadata(schema.metadata)
+
+    write_blocks(path, schema, refolded_blocks())
     return Path(path)
 
 
