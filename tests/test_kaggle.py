@@ -18,7 +18,7 @@ def stub(tmp_path, monkeypatch, wheel):
                     HOME=str(tmp_path/'home'), KAGGLE_CONFIG_DIR=str(tmp_path/'home')).items(): monkeypatch.setenv(k, v)
     monkeypatch.delenv('KAGGLE_API_TOKEN', raising=False)
     monkeypatch.chdir(p)
-    monkeypatch.setattr(K, 'pause', .02)
+    monkeypatch.setattr(K, 'PAUSE', .02)
     real = K.build_wheel
     monkeypatch.setattr(K, 'build_wheel', lambda folder, root=None: real(folder, root) if os.environ.get('REAL_WHEEL') else _copy(wheel, folder))
     s.project,s.extra = p,tmp_path/'extra-1-py3-none-any.whl'
@@ -56,6 +56,10 @@ def push(stub, *more, ok=True):
 
 def nonce(stub, ref='someone/ribo-nb-cfg-demo', version=-1): return re.search(r"'nonce': '(\w+)'", stub.kernels[ref][version]['text'])[1]
 
+def data_set(stub):
+    "The data set of the store: its name ends in a hash of the store's path"
+    return next(ref for ref in stub.datasets if re.fullmatch(r'someone/ribo-nb-data-store-[0-9a-f]{6}', ref))
+
 def leave(stub, step=7, finished=False, **files):
     "The session's output"
     run = re.search(r"'run': '(\w+)'", stub.kernels['someone/ribo-nb-cfg-demo'][-1]['text'])[1]
@@ -65,12 +69,15 @@ def test_push(stub, mount, wheel):
     "Private datasets, a kernel without internet on T4s; what did not change is not sent again"
     out = push(stub, '--data', mount/'store.arrow', '--bpp', mount/'bpp')
     assert 'version 1 runs' in out and 'ribo_kaggle continue cfg_demo' in out
-    assert set(stub.datasets) == {'someone/ribo-nb-code','someone/ribo-nb-data-store'}
+    data = data_set(stub)
+    assert set(stub.datasets) == {'someone/ribo-nb-code', data}
     assert stub.datasets['someone/ribo-nb-code'] == [{wheel.name: wheel.read_bytes(), 'extra-1-py3-none-any.whl': stub.extra.read_bytes()}]
-    assert set(stub.datasets['someone/ribo-nb-data-store'][0]) == {'store.arrow','bpp.sqlite'}
+    # The store, and whatever lies in the folder of its BPPs.
+    pairs = {p.name for p in (mount/'bpp').glob('*/[!.]*') if p.stat().st_size}
+    assert pairs and set(stub.datasets[data][0]) == {'store.arrow'} | pairs
     k, = stub.kernels['someone/ribo-nb-cfg-demo']
     assert (k['machineShape'], k['enableInternet'], k['isPrivate'], k['newTitle']) == ('NvidiaTeslaT4', False, True, 'ribo nb cfg demo')
-    assert k['datasetDataSources'] == ['someone/ribo-nb-code','someone/ribo-nb-data-store'] and not k.get('competitionDataSources')
+    assert k['datasetDataSources'] == ['someone/ribo-nb-code', data] and not k.get('competitionDataSources')
     stub.status = 'RUNNING'
     assert 'is running' in push(stub, ok=False)
     push(stub, '--force')
@@ -79,6 +86,22 @@ def test_push(stub, mount, wheel):
     extra(stub.extra, 2)
     push(stub, '--force')
     assert [len(v) for v in stub.datasets.values()] == [2, 1]
+
+def test_two_stores_of_one_name_are_two_data_sets(stub, mount, tmp_path):
+    for folder in ('a', 'b'):
+        (tmp_path/folder).mkdir()
+        shutil.copy(mount/'store.parquet', tmp_path/folder/'store.parquet')
+        push(stub, '--data', tmp_path/folder/'store.parquet', '--force')
+    assert len([ref for ref in stub.datasets if 'data-store' in ref]) == 2
+
+
+def test_a_new_version_whose_answer_is_lost_is_not_made_twice(stub):
+    push(stub)
+    extra(stub.extra, 2)
+    stub.fail('CreateDatasetVersion', 'cut after')
+    push(stub, '--force')
+    assert len(stub.datasets['someone/ribo-nb-code']) == 2
+
 
 @pytest.mark.parametrize('what', ['GetDataset','StartBlobUpload','blob','CreateDataset','GetDatasetStatus','SaveKernel'])
 def test_trouble_on_the_way_is_not_trouble(stub, what):
@@ -124,12 +147,14 @@ def test_a_version_that_is_not_ready_is_waited_for(stub, monkeypatch):
 
 def test_an_answer_that_is_lost_for_good_is_looked_for_next_time(stub):
     "The kernel was saved, the line stayed dead: the next command finds it, and starts no second one"
-    stub.fail('SaveKernel', 'cut after'); stub.fail('GetKernel', *['cut']*40)
+    stub.fail('SaveKernel', 'cut after')
+    stub.fail('GetKernel', None, *['cut']*40)  # the first look finds nothing, later ones do not get through
     assert 'run the same command again' in push(stub, ok=False)
     stub.faults.clear(); stub.status = 'RUNNING'
     assert 'version 1 is running' in push(stub, ok=False) and 'version 1' in kaggle('status', 'cfg_demo').output
     stub.status = 'COMPLETE'; leave(stub, 5)
-    stub.fail('SaveKernel', 'cut after'); stub.fail('GetKernel', *['cut']*40)
+    stub.fail('SaveKernel', 'cut after')
+    stub.fail('GetKernel', None, *['cut']*40)  # the first look finds nothing, later ones do not get through
     assert kaggle('continue', 'cfg_demo').exit_code == 1
     stub.faults.clear(); leave(stub, 9)
     assert 'step 9, not done' in kaggle('status', 'cfg_demo').output and 'from step 9' in kaggle('continue', 'cfg_demo').output
@@ -182,7 +207,7 @@ def test_continue_until_done_then_pull(stub, mount):
     a,b = stub.kernels['someone/ribo-nb-cfg-demo']
     assert b['kernelDataSources'] == ['someone/ribo-nb-cfg-demo'] and "'step': 40" in b['text'] and nonce(stub, version=0) != nonce(stub)
     run = lambda k: re.search(r"'run': '(\w+)'", k['text'])[1]
-    assert run(a) == run(b) and a['datasetDataSources'] == b['datasetDataSources'] and len(stub.datasets['someone/ribo-nb-data-store']) == 1
+    assert run(a) == run(b) and a['datasetDataSources'] == b['datasetDataSources'] and len(stub.datasets[data_set(stub)]) == 1
     r = kaggle('continue', 'cfg_demo')  # Kaggle shows the first version's output still
     assert r.exit_code == 1 and 'earlier version' in r.output and len(stub.kernels['someone/ribo-nb-cfg-demo']) == 2
     stub.status,stub.failure = 'ERROR','Your notebook tried to allocate more memory than is available.'
@@ -199,7 +224,7 @@ def test_continue_until_done_then_pull(stub, mount):
     assert not [p for p in got.parent.iterdir() if p != got] and not list(got.rglob('*.part*'))
 
 def test_pull_mixes_nothing(stub):
-    "A line that stays cut leaves the old folder; another run's folder, a page of errors and a path outside are refused"
+    "A line that stays cut leaves the old folder; another run's folder and a page of errors are refused, a path outside is not fetched"
     push(stub); leave(stub, 1, **{'best.pt': b'x'*100_000})
     assert kaggle('pull', 'cfg_demo').exit_code == 0
     got = stub.project/'datamount'/'runs'/'cfg_demo'
@@ -216,7 +241,9 @@ def test_pull_mixes_nothing(stub):
     assert 'further than' in kaggle('pull', 'cfg_demo').output
     (got/'log.jsonl').unlink()
     leave(stub, 3, **{'../../../outside': b'!'})
-    assert 'outside its own folder' in kaggle('pull', 'cfg_demo').output and not list(stub.project.parent.rglob('outside'))
+    # Only what lies below run/ is asked for.
+    assert kaggle('pull', 'cfg_demo').exit_code == 0
+    assert not list(stub.project.parent.rglob('outside'))
     (got/'ribo.json').write_text((got/'ribo.json').read_text().replace('"run": "', '"run": "f'))
     leave(stub, 4)
     assert 'holds another run' in kaggle('pull', 'cfg_demo').output
@@ -267,7 +294,7 @@ def test_download(stub, monkeypatch, tmp_path):
     assert r.exit_code == 1 and 'GB free' in r.output and 'DownloadDataFile' not in stub.names()
     monkeypatch.undo()
     for k,v in dict(KAGGLE_API_ENVIRONMENT='LOCALHOST', http_proxy=stub.url, HTTP_PROXY=stub.url, no_proxy='', KAGGLE_USERNAME='someone', KAGGLE_KEY=KEY).items(): monkeypatch.setenv(k, v)
-    monkeypatch.chdir(stub.project); monkeypatch.setattr(K, 'pause', .02)
+    monkeypatch.chdir(stub.project); monkeypatch.setattr(K, 'PAUSE', .02)
     stub.fail('ListDataFiles', 403)
     assert '/rules' in kaggle('download').output
     stub.fail('file', 'half')
@@ -309,7 +336,7 @@ def test_plain_client_pushes_the_same_folder(stub):
     assert 'nothing was sent' in out and str(folder) in out and not stub.seen
     r = subprocess.run([str(BIN/'kaggle'), 'kernels', 'push', '-p', str(folder)], capture_output=True, text=True, env=env())
     assert 'version 1 successfully pushed' in r.stdout, r.stdout + r.stderr
-    assert K.push_kernel(K.client(), folder, 'x')[0] == 2
+    assert K.push_kernel(K.client(), folder, 'nonce of another push') == 2
     a,b = stub.kernels['someone/ribo-nb-cfg-demo']
     assert a == b
 
