@@ -36,8 +36,9 @@ from pathlib import Path
 
 import click
 
-from .bpp import store_folder
-from .data import Command, atomic, datamount, progress, sha256, with_version, write_store
+from .bpp_store import store_folder
+from .convert import write_store
+from .data import Command, atomic, datamount, progress, sha256, with_version
 from .infer import infer_file, infer_together, load
 from .score import check_submission
 from .train import folding, launch, make_cfg, read_log, train_run, trains
@@ -327,7 +328,7 @@ def competition_file(root: Path, name: str) -> Path:
 def place_data(spec: dict, root: Path) -> Path:  # of the store
     "Find the store, and put the BPPs that were sent where they can be written to"
     if not spec['files']:
-        out = root/'temp'/'train_data.parquet'
+        out = root/'temp'/'train_data.arrow'
         if not out.exists():
             write_store(competition_file(root, 'train_data.csv'), out)
         return out
