@@ -90,8 +90,8 @@ def test_push(stub, mount, wheel):
 def test_two_stores_of_one_name_are_two_data_sets(stub, mount, tmp_path):
     for folder in ('a', 'b'):
         (tmp_path/folder).mkdir()
-        shutil.copy(mount/'store.parquet', tmp_path/folder/'store.parquet')
-        push(stub, '--data', tmp_path/folder/'store.parquet', '--force')
+        shutil.copy(mount/'store.arrow', tmp_path/folder/'store.arrow')
+        push(stub, '--data', tmp_path/folder/'store.arrow', '--force')
     assert len([ref for ref in stub.datasets if 'data-store' in ref]) == 2
 
 

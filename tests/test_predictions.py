@@ -213,11 +213,11 @@ def test_structure_has_its_title_and_numbers_clear_of_nucleotides():
 
 
 def test_the_wait_for_the_compiler_is_announced(monkeypatch, capsys):
-    monkeypatch.setattr(bpp, '_is_compiled', lambda: False)
+    monkeypatch.setattr(bpp, 'is_compiled', lambda: False)
     bpp.Native().prepare()
     assert 'compiling the folding engine' in capsys.readouterr().err
     monkeypatch.undo()
-    assert bpp._is_compiled()
+    assert bpp.is_compiled()
     bpp.Native().prepare()
     assert not capsys.readouterr().err
 

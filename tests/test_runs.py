@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT, TINY, invoke
 
-from ribo_nb import bpp, convert, data, infer, score, structure, train
+from ribo_nb import bpp, bpp_store, convert, data, infer, score, structure, train
 
 ONE_EPOCH = json.loads(TINY) | dict(n_epoch=1)
 
