@@ -414,8 +414,7 @@ cards = probe({spec['gpu']})''', f'''# the package, from the attached dataset
 {inspect.getsource(attached)}
 {inspect.getsource(install)}
 spec = {spec!r}
-install(spec['wheels'], root)''', '''# the session
-from ribo_nb.kaggle import run_session
+install(spec['wheels'], root)''', '''from ribo_nb.kaggle import run_session
 print('next:', run_session(spec, cards, began, root))''', '''# its pictures
 from IPython.display import Image, display
 for picture in sorted(Path(root, 'working', 'run').glob('*.png')):
