@@ -16,7 +16,7 @@ __all__ = ['TYPICAL', 'models', 'GONE', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet'
            'diagnose', 'sample_store', 'nearby', 'stores_here', 'old_stores_here', 'choose_data', 'data_name',
            'run_folder', 'folding', 'check_trainable', 'check_scorable', 'alone', 'train_run', 'record', 'measure',
            'mae_name', 'plot_log', 'plot_scores', 'plot_errors', 'plot_pred', 'draw_run', 'tracking', 'read_neptune',
-           'bootstrap', 'compare', 'plot_runs', 'watch', 'ribo_train', 'join_others', 'ending', 'report', 'trains',
+           'bootstrap', 'compare', 'plot_runs', 'trains', 'watch', 'ribo_train', 'join_others', 'ending', 'report',
            'runs_of', 'ask_to_stop', 'follow', 'launch']
 
 # %% ../nbs/04_train.ipynb #661bd45a
@@ -1539,6 +1539,11 @@ def plot_runs(logs):
     return fig
 
 # %% ../nbs/04_train.ipynb #4197d904
+def trains(out)->bool: # does anybody train in this run folder?
+    try:
+        with FileLock(Path(out)/'lock', blocking=False): return False
+    except Timeout: return True
+
 def _running(pid)->bool:
     "Does this process run? A zombie, which nobody has asked for its exit code, does not"
     try: os.kill(pid, 0)
@@ -1645,11 +1650,6 @@ def report(out, metrics):
     if not metrics: return  # of a rank that is not the first
     click.echo(f"{nearby(out)}: {metrics['model']}, {metrics['parameters']:,} parameters, trained on {metrics['data']}\n{ending(out, metrics)}")
     if 'scores' in metrics: click.echo(pd.DataFrame(metrics['scores']).T.round(4).to_string())
-
-def trains(out)->bool: # does anybody train in this run folder?
-    try:
-        with FileLock(Path(out)/'lock', blocking=False): return False
-    except Timeout: return True
 
 # %% ../nbs/04_train.ipynb #597f2d72
 def runs_of(out)->list: # run folders

@@ -123,16 +123,12 @@ def test_figures_of_one_name(monkeypatch):
     assert len(set(names)) == 4 and not any('/' in n for n in names)
 
 
-def test_datasets_of_one_name(tmp_path, monkeypatch):
-    "A second store of one name becomes a dataset of its own at Kaggle, and both keep theirs"
-    monkeypatch.chdir(tmp_path)
-    stores = ['a/train.parquet', 'b/train.parquet', 'x'*60 + '1.parquet', 'x'*60 + '2.parquet']
-    titles = [kaggle._data_title(s) for s in stores]
-    assert titles[0] == 'ribo nb data train' and len({kaggle.slug(t) for t in titles}) == 4
-    assert all(len(t) <= 50 for t in titles)
-    assert [kaggle._data_title(tmp_path/s) for s in reversed(stores)] == titles[::-1]
-    for d in 'ab': (tmp_path/d).mkdir(); (tmp_path/d/'x.whl').write_text(d)
-    with pytest.raises(ValueError, match='rename one'): kaggle._dataset_folder(tmp_path/'set', 'me', 't', ['a/x.whl', 'b/x.whl'])
+def test_two_files_of_one_name_do_not_share_a_dataset(tmp_path):
+    for d in 'ab':
+        (tmp_path/d).mkdir()
+        (tmp_path/d/'x.whl').write_text(d)
+    with pytest.raises(ValueError, match='rename one'):
+        kaggle.write_dataset(tmp_path/'set', 'me', 't', [tmp_path/'a'/'x.whl', tmp_path/'b'/'x.whl'])
 
 
 # ---- several machines, one folder; users without name or home

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT, TINY, invoke
 
-from ribo_nb import bpp, bpp_store, convert, data, infer, score, structure, train
+from ribo_nb import bpp, bpp_store, convert, data, families, infer, score, structure, train
 
 ONE_EPOCH = json.loads(TINY) | dict(n_epoch=1)
 
@@ -179,9 +179,9 @@ EMPTY = dict(
     collate=(lambda f: list(data.collate([])['seq'].shape), [0, 0]),
     collate_with_bpp=(lambda f: list(data.collate([], f.bpp)['bpp'].shape), [0, 0, 0]),
     training_batch=(lambda f: list(data.training_batch(f.store, [], f.bpp)['react'].shape), [0, 0, 2]),
-    cluster=(lambda f: data.cluster([]).tolist(), []),
+    cluster=(lambda f: families.cluster([]).tolist(), []),
     simulate=(lambda f: data.simulate(0), 'expected 1 or more'),
-    length_folds=(lambda f: data.length_folds([], []), 'no rows'),
+    length_folds=(lambda f: families.length_folds([], []), 'no rows'),
     plot_heatmap=(lambda f: data.plot_heatmap([]), 'no profiles to draw'),
     held_out=(lambda f: data.held_out(f.store, 77).tolist(), []),
     fill=(lambda f: f.bpp.fill([]), 0),
@@ -237,7 +237,8 @@ def test_an_empty_file_is_said_by_every_command(mount, tmp_path, command, name):
         path.write_text('')
     else:
         table.to_csv(path, index=False) if name.endswith('csv') else table.to_parquet(path, index=False)
-    more = dict(ribo_bpp=(), ribo_score=(mount/'test'/'solution.parquet',)).get(command, ('--out', tmp_path/'o.parquet'))
+    more = dict(ribo_bpp=(), ribo_score=(mount/'test'/'solution.parquet',), ribo_data=('--out', tmp_path/'o.arrow'),
+                ribo_infer=('--out', tmp_path/'o.parquet'))[command]
     r = invoke(command, path, *more)
     assert r.exit_code == 1 and isinstance(r.exception, SystemExit), r.output
     assert name in r.output and len(r.output) < 500
