@@ -221,6 +221,7 @@ def length_folds(
     "Whole families by the length of their longest member; ValueError when all are equally long"
     family = np.asarray(family)
     length = np.asarray(length)
+    if not len(family): raise ValueError('no rows to split into folds')
     longest = np.zeros(family.max() + 1, np.int64)
     np.maximum.at(longest, family, length)
     longest = longest[family]  # of each row's family
