@@ -2,7 +2,7 @@
 import json,os,random,signal,subprocess,sys,threading,time
 import shutil
 from pathlib import Path
-import joblib,numpy as np,pandas as pd,pytest
+import joblib,numpy as np,pandas as pd,pytest,torch
 from helpers import REAL,call,env,invoke,start
 from ribo_nb.bpp import *
 from ribo_nb.bpp_store import FILE_NAME, BppStore, store_key
@@ -194,6 +194,7 @@ def test_a_connection_does_not_cross_a_fork(rnas, tmp_path):
     child = os.fork()
     if not child:
         code = 1
+        torch.set_num_threads(1)  # OpenMP's threads do not cross a fork: the child would wait for them for ever
         try:
             b.fill(rnas[4:8], n_jobs=1, quiet=True)
             code = int(b(rnas[:8]).shape[0] != 8)

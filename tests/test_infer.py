@@ -108,13 +108,13 @@ def test_one_machine_per_shard_then_merge(runs, test_set, tmp_path):
     few.to_csv(tmp_path/'few.csv', index=False)
     for k in (1, 2):
         (tmp_path/f'm{k}').mkdir()
-        r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/f'm{k}'/'s.arrow', '--shard', f'{k}/2'))
+        r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/f'm{k}'/'s.parquet', '--shard', f'{k}/2'))
         assert r.exit_code == 0 and 'missing still' in r.output, r.output
-    r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/'m1'/'s.arrow', '--merge'))
+    r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/'m1'/'s.parquet', '--merge'))
     assert r.exit_code == 1 and '1 of 3 parts are missing, the first is 1' in r.output
     for p in (tmp_path/'m2'/'s.parquet.parts').glob('*.parquet'): p.rename(tmp_path/'m1'/'s.parquet.parts'/p.name)
-    r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/'m1'/'s.arrow', '--merge'))
-    assert r.exit_code == 0 and check_submission(tmp_path/'m1'/'s.arrow', tmp_path/'few.csv') == few.id_max.iloc[-1]+1
+    r = invoke(*infer(runs, tmp_path/'few.csv', tmp_path/'m1'/'s.parquet', '--merge'))
+    assert r.exit_code == 0 and check_submission(tmp_path/'m1'/'s.parquet', tmp_path/'few.csv') == few.id_max.iloc[-1]+1
 
 def test_time_budget_keeps_what_is_done(runs, test_set, tmp_path):
     pd.read_csv(test_set)[:20].to_csv(tmp_path/'few.csv', index=False)
@@ -135,7 +135,7 @@ def test_kaggles_own_format(runs, tmp_path):
     "Real files of the competition's form, where they are"
     if not REAL.exists(): pytest.skip('no ../shared/data here')
     test,sample = REAL/'format'/'test_sequences_sample.csv',REAL/'format'/'sample_submission_sample.csv.gz'
-    for out in (tmp_path/'s.arrow',tmp_path/'s.csv'):
+    for out in (tmp_path/'s.parquet',tmp_path/'s.csv'):
         assert invoke(*infer(runs, test, out)).exit_code == 0
         for rules in (test, sample):
             r = invoke('ribo_score', out, '--check', rules)

@@ -314,9 +314,9 @@ def test_ribo_data_fetches_or_finds(stub, mount, tmp_path):
     shutil.move(stub.project/'datamount'/'raw'/'train_data.csv', tmp_path/'k'/'input'/'competitions'/'x'/'train_data.csv')
     before = len(stub.seen)
     os.environ['RIBO_KAGGLE_ROOT'] = str(tmp_path/'k')
-    try: assert invoke('ribo_data', '--kaggle', '--out', tmp_path/'t.parquet').exit_code == 0
+    try: assert invoke('ribo_data', '--kaggle', '--out', tmp_path/'t.arrow').exit_code == 0
     finally: del os.environ['RIBO_KAGGLE_ROOT']
-    assert len(stub.seen) == before and (tmp_path/'t.parquet').exists()
+    assert len(stub.seen) == before and (tmp_path/'t.arrow').exists()
 
 def test_accounts(stub, monkeypatch):
     "No account, a wrong token, a token, a new major version of the client"
