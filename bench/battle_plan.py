@@ -15,7 +15,8 @@ from battle_data import store_path
 from filelock import FileLock, Timeout
 
 from ribo_nb.squeezeformer import choices
-from ribo_nb.train import Cfg, cfgs, train_run
+from ribo_nb.config import Cfg, cfgs
+from ribo_nb.train import train_run
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from battle_plan import UNCHANGED
 from ribo_nb.bpp import engine
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import MODS, Store, encode, held_out
-from ribo_nb.train import _levels as UNPAIRED_LEVELS
-from ribo_nb.train import baselines, errors, score, score_by
+from ribo_nb.metric import UNPAIRED_LEVELS
+from ribo_nb.metric import baselines, errors, score, score_by
 
 N_LEVEL = len(UNPAIRED_LEVELS) - 1
 

@@ -14,7 +14,9 @@ from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import MODS, Store, atomic, held_out
 from ribo_nb.infer import Ensemble, load, save_ensemble
 from ribo_nb.score import calibrate, fit_weights, mean_spread
-from ribo_nb.train import errors, folding, load_checkpoint, predict_rows, save
+from ribo_nb.config import folding, load_checkpoint, save
+from ribo_nb.metric import errors
+from ribo_nb.tasks import predict_rows
 
 
 def half(weights: dict) -> dict:  # name → tensor

@@ -6,7 +6,8 @@ import click,numpy as np,pandas as pd,torch
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import collate
 from ribo_nb.infer import Ensemble,Job,Sequences,join,run_job
-from ribo_nb.train import build,cfgs,predict_sequences
+from ribo_nb.config import build, cfgs
+from ribo_nb.tasks import predict_sequences
 
 def plain(members, sequences, bpp, size=32, width=457):
     "Typical: one model after the other over the whole set, every batch padded to the longest RNA of the test set"

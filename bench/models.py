@@ -7,7 +7,7 @@ from published_ribonanzanet import published
 from ribo_nb.mamba import BiMixer
 from ribo_nb.ribonanzanet import RibonanzaNet
 from ribo_nb.squeezeformer import toy_batch
-from ribo_nb.train import build,cfgs,summary
+from ribo_nb.config import build, cfgs, summary
 
 class Literal(nn.Module):
     "RibonanzaNet as published, step for step"

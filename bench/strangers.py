@@ -27,7 +27,9 @@ from ribo_nb.convert import write_store
 from ribo_nb.data import FLANK3, FLANK5, MODS, Store, atomic, datamount, held_out
 from ribo_nb.infer import SHIPPED, Spread, features, interval, kind_features, load, predict
 from ribo_nb.score import LEVELS, quantile_regression
-from ribo_nb.train import cfgs, folding, predict_rows, train_run
+from ribo_nb.config import cfgs, folding
+from ribo_nb.tasks import predict_rows
+from ribo_nb.train import train_run
 
 CORONAVIRUSES = ('NC_045512.2', 'NC_004718.3')
 # Scans that are left out together with the coronaviruses, and with the other viruses.

@@ -10,4 +10,4 @@
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else processes that begin again meet the addresses of the dead (pytorch#135712)
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="${PER_NODE:-gpu}" --max-restarts=3 \
-     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:${PORT:-29500}" -m ribo_nb.train "$@"
+     --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$head:${PORT:-29500}" --no-python ribo_train "$@"

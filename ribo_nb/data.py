@@ -1095,26 +1095,32 @@ def wrapped(
     return '\n'.join(textwrap.fill(line, letters) for line in lines).replace('\0', r'\$')
 
 def plot_profile(
-    sequence:str,
-    react:np.ndarray, # (l m), NaN where not measured
-    err:np.ndarray|None=None, # (l m)
-    pred:np.ndarray|None=None, # predicted reactivity, drawn as a black line, (l m)
-    title:str='',
-)->plt.Figure:
-    "Reactivity along one RNA, one panel per modifier"
-    fig,axs = plt.subplots(2, 1, figsize=(max(6, len(sequence)*.085), 3.6), sharex=True, layout='constrained')
-    for m,(mod,ax) in enumerate(zip(MODS, axs, strict=True)):
-        x = np.arange(1, len(sequence)+1)
-        ax.bar(x, react[:,m], width=.9, color=COLORS[mod], alpha=.8 if pred is None else .35,
-               yerr=None if err is None else err[:,m], error_kw=dict(lw=.5, alpha=.5))
-        if pred is not None: ax.plot(x, pred[:,m], color='k', lw=1.2)
-        ax.set(ylabel=f'{mod} reactivity', ylim=(-.2, max(1.1, np.nanquantile(np.r_[react[:,m], 0], .97))),
-               xlim=(.3, len(sequence)+.7))
+    sequence: str,
+    react: np.ndarray,  # (l m), NaN where not measured
+    err: np.ndarray | None = None,  # (l m)
+    pred: np.ndarray | None = None,  # predicted reactivity, drawn as a black line, (l m)
+    title: str = '',
+    channels: tuple = MODS,
+):  # matplotlib's Figure
+    "Reactivity along one RNA, one panel per channel"
+    n = len(channels)
+    size = max(6, len(sequence)*.085), 1.8*n
+    fig, axs = plt.subplots(n, 1, figsize=size, sharex=True, layout='constrained', squeeze=False)
+    axs = axs[:, 0]
+    x = np.arange(1, len(sequence) + 1)
+    for k, (channel, ax) in enumerate(zip(channels, axs, strict=True)):
+        ax.bar(x, react[:, k], width=.9, color=COLORS.get(channel, '.4'),
+               alpha=.8 if pred is None else .35,
+               yerr=None if err is None else err[:, k], error_kw=dict(lw=.5, alpha=.5))
+        if pred is not None:
+            ax.plot(x, pred[:, k], color='k', lw=1.2)
+        top = max(1.1, np.nanquantile(np.r_[react[:, k], 0], .97))
+        ax.set(ylabel=f'{channel} reactivity', ylim=(-.2, top), xlim=(.3, len(sequence) + .7))
         ax.axhline(0, color='k', lw=.5)
+        ax.tick_params(axis='x', length=0)
+        ax.spines[['top', 'right']].set_visible(False)
     axs[0].set_title(wrapped(title, fig.get_figwidth()), fontsize=10)
-    axs[1].set_xticks(np.arange(1, len(sequence)+1), list(sequence), fontsize=6 if len(sequence) > 60 else 9)
-    for ax in axs: ax.tick_params(axis='x', length=0)
-    for ax in axs: ax.spines[['top','right']].set_visible(False)
+    axs[-1].set_xticks(x, list(sequence), fontsize=6 if len(sequence) > 60 else 9)
     return fig
 
 # %% ../nbs/00_data.ipynb #87296b06

@@ -26,6 +26,10 @@ from .bpp import *
 from .bpp_store import *
 from .structure import *
 from .train import *
+from .tasks import *
+from .config import *
+from .metric import *
+from .runs import *
 
 # %% ../nbs/05_infer.ipynb #0b037910
 def turned(batch)->tuple: # the batch with every RNA read from its other end, where each position went (b l)

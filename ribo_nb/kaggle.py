@@ -41,7 +41,7 @@ from .convert import write_store
 from .data import Command, atomic, datamount, progress, sha256, with_version
 from .infer import infer_file, infer_together, load
 from .score import check_submission
-from .train import folding, launch, make_cfg, read_log, train_run, trains
+from .train import folding, launch, make_cfg, read_log, train_run, is_training as trains
 
 # %% ../nbs/06_kaggle.ipynb #be5aca6d
 def guard_requests():

@@ -19,6 +19,10 @@ from .bpp import *
 from .bpp_store import *
 from .structure import *
 from .train import *
+from .tasks import *
+from .config import *
+from .metric import *
+from .runs import *
 from .infer import *
 
 # %% ../nbs/05b_score.ipynb #4e52cf82

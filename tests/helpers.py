@@ -19,9 +19,16 @@ def start(*args, cwd=ROOT):
     "Start a command in its own session"
     return subprocess.Popen([str(BIN/args[0]), *map(str, args[1:])], cwd=cwd, env=env(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
+def loss_of_reactivity(cfg):
+    "The task without data: what is needed to compute a loss"
+    from ribo_nb.tasks import ReactivityTask
+    task = object.__new__(ReactivityTask)
+    task.cfg, task.parts = cfg, ReactivityTask.outputs(cfg)
+    return task
+
 def invoke(name, *args):
     "The same command in this process, which saves its start-up → click's Result"
     from click.testing import CliRunner
-    import ribo_nb.bpp_store,ribo_nb.convert,ribo_nb.infer,ribo_nb.kaggle,ribo_nb.score,ribo_nb.train
-    command = next(getattr(m, name) for m in (ribo_nb.convert, ribo_nb.bpp_store, ribo_nb.train, ribo_nb.infer, ribo_nb.score, ribo_nb.kaggle) if hasattr(m, name))
+    import ribo_nb.bpp_store,ribo_nb.commands,ribo_nb.convert,ribo_nb.infer,ribo_nb.kaggle,ribo_nb.score
+    command = next(getattr(m, name) for m in (ribo_nb.commands, ribo_nb.convert, ribo_nb.bpp_store, ribo_nb.infer, ribo_nb.score, ribo_nb.kaggle) if hasattr(m, name))
     return CliRunner().invoke(command, [str(a) for a in args])

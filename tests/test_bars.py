@@ -73,7 +73,7 @@ def test_predictions_come_with_bars_for_their_kind():
 
 def test_one_kind_still_works_and_half_a_calibration_is_refused(tmp_path):
     "Ensembles of ribo_score --fit know one kind of RNA; version 1 and 2 are read"
-    from ribo_nb.train import Cfg, build, save
+    from ribo_nb.config import Cfg, build, save
     cfg = Cfg(d_model=16, n_layer=1, bpp='none', device='cpu', precision='fp32')
     save(tmp_path/'tiny.pt', cfg, model=build(cfg).state_dict())
     model = load(tmp_path/'tiny.pt', device='cpu')

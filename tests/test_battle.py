@@ -26,7 +26,8 @@ from ribo_nb.bpp import engine
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import MODS, Store, held_out, simulate
 from ribo_nb.infer import load
-from ribo_nb.train import baselines, cfgs, errors, load_checkpoint, score
+from ribo_nb.config import cfgs, load_checkpoint
+from ribo_nb.metric import baselines, errors, score
 
 TINY = dict(d_model=16, n_head=2, n_layer=1, n_epoch=1, flip=False, precision='fp32', device='cpu',
             engine_params='1421e89c', batch_size=16, score_every=99)

@@ -199,7 +199,7 @@ def test_native_scale_under_numpys_error_state():
     with np.errstate(all='raise'): assert_same(scaled(fold.weights, 2000, np.exp(2.5)), want)
 
 def test_build_ignores_torchs_default_dtype():
-    from ribo_nb.train import build,make_cfg
+    from ribo_nb.config import build, make_cfg
     cfg = make_cfg('cfg_demo', dict(d_model=16, n_layer=1))
     before = build(cfg).state_dict()
     torch.set_default_dtype(torch.float64)

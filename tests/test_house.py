@@ -91,7 +91,7 @@ def test_docker_image_has_lab_and_its_commit():
 
 
 def test_runs_in_an_image_record_the_commit(tmp_path, monkeypatch):
-    from ribo_nb.train import _code_version
+    from ribo_nb.train import code_version as _code_version
     monkeypatch.setenv('RIBO_CODE_VERSION', 'abc1234')
     # No repository here, as in the image.
     monkeypatch.chdir(tmp_path)

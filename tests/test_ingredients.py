@@ -19,15 +19,19 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from helpers import invoke
-from ribo_nb import train
+from helpers import invoke, loss_of_reactivity
+from ribo_nb import config, tasks, train
 from ribo_nb.bpp import engine
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.convert import write_store
-from ribo_nb.data import MODS, Store, sequence_id, wide_columns
+from ribo_nb.data import CHANNEL_FIELDS, MODS, Store, block_of, sequence_id, store_schema, wide_columns
+from ribo_nb.data import write_blocks
 from ribo_nb.squeezeformer import toy_batch
-from ribo_nb.train import COSTS, STOPPED, Cfg, Stopped, build, load_checkpoint, load_model, make_cfg, official_mae
-from ribo_nb.train import predict_rows, train_run
+from ribo_nb.config import Cfg, build, load_checkpoint, load_model, make_cfg
+from ribo_nb.metric import official_mae
+from ribo_nb.tasks import predict_rows
+from ribo_nb.trackers import tracking
+from ribo_nb.train import COSTS, STOPPED, Stopped, train_run
 
 TINY = dict(d_model=16, n_layer=1, n_head=2, n_epoch=2, batch_size=1, device='cpu', precision='fp32', clip_grad=1e9)
 COVERED = set()
@@ -203,7 +207,7 @@ def test_running_average_predicts(trained, data):
     assert same(trained().best['model'], trained().steps[-1].after, 0)  # without: the last weights
     for run in (tape, trained()):
         store, (model, _) = Store(data/'store.arrow'), load_model(run.out/'best.pt')
-        rows = train.held_out(store, 0)
+        rows = tasks.held_out(store, 0)
         scores = [(p, store[i][0], store.SN_filter[i]) for p, i in
                   zip(predict_rows(model, store, BppStore(data/'bpp'), rows), rows, strict=True)]
         wrong = sum(official_mae(p[None], y[None], g[None]) * (~np.isnan(y).any(1)).sum() for p, y, g in scores if g.all())
@@ -403,23 +407,25 @@ def test_recorded_steps(trained):
     "On a CPU nothing is recorded; what is recorded takes the place of forward and backward, unless the batch is in parts"
     assert same(trained(graph=True).best['model'], trained().best['model'], 0)
     cfg, batch, seen = make_cfg('cfg_demo', TINY | dict(clip_grad=3.)), trained().batches[0], []
-    model = build(cfg)
-    opt, scaler = train.make_optimizer(model, cfg), torch.amp.GradScaler('cpu', enabled=False)
+    model, task = build(cfg), loss_of_reactivity(cfg)
+    optimizer, scaler = train.make_optimizer(model, cfg, 0), torch.amp.GradScaler('cpu', enabled=False)
+    stepper = train.Stepper(model, task, scaler, torch.float32, record=False)
 
-    def replay(batch):
+    def recorder(batch):
         seen.append(batch)
-        return train.backward(model, scaler, batch, cfg, torch.float32)
+        return train.forward_backward(model, task, batch, scaler, torch.float32)
 
-    for parts in (1, 2):
-        train.train_step(model, opt, scaler, batch, cfg, torch.float32, parts, replay)
+    stepper.recorder = recorder
+    for n_part in (1, 2):
+        stepper.gradient(batch, optimizer, train.Position(n_part=n_part))
     assert len(seen) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_a_run_on_a_gpu_records_its_steps(trained, monkeypatch):
     recorded = []
-    record = train.Replay.record
-    monkeypatch.setattr(train.Replay, 'record', lambda self, batch: recorded.append(1) or record(self, batch))
+    record = train.Recorder.record
+    monkeypatch.setattr(train.Recorder, 'record', lambda self, batch: recorded.append(1) or record(self, batch))
     trained(device='cuda', n_epoch=8)
     assert not recorded
     trained(device='cuda', n_epoch=8, graph=True)
@@ -448,8 +454,8 @@ def saves(monkeypatch):
 
     def note(path, cfg, **state):
         save(path, cfg, **state)
-        if 'pos' in state:
-            steps.append(state['pos']['step'])
+        if 'position' in state:
+            steps.append(state['position']['step'])
 
     monkeypatch.setattr(train, 'save', note)
     return steps
@@ -473,14 +479,14 @@ def test_epochs_between_scores(trained):
 @covers('time_budget')
 def test_time_budget_stops_in_time_and_goes_on(data, tmp_path, clock, monkeypatch):
     "The sixth step is the first beyond the budget; the second start has one of its own and goes on where the first ended"
-    monkeypatch.setattr(train, 'draw_run', lambda trainer, metrics: None)
+    monkeypatch.setattr(tasks.ReactivityTask, 'draw', lambda *_: None)
     budget = (5 * 30 + 20) / 3600 / .95
     o = json.dumps(TINY | dict(n_epoch=4, time_budget=budget, score_every=9))
     args = ('ribo_train', 'cfg_demo', '--data', data/'store.arrow', '--bpp', data/'bpp', '--run', tmp_path)
     for step in (6, 12):
         r = invoke(*args, '--overrides', o)
         assert r.exit_code == 0 and 'start it again to go on' in r.output
-        assert load_checkpoint(tmp_path/'last.pt')['pos']['step'] == step
+        assert load_checkpoint(tmp_path/'last.pt')['position']['step'] == step
         assert (tmp_path/'best.pt').exists() and not json.loads((tmp_path/'metrics.json').read_text())['finished']
     r = invoke(*args, '--overrides', json.dumps(json.loads(o) | dict(time_budget=0.)))
     assert r.exit_code == 0 and json.loads((tmp_path/'metrics.json').read_text())['finished']
@@ -495,7 +501,7 @@ def test_the_tracker_gets_every_line(tmp_path):
             seen.append(step)
 
         sinks = dict(tensorboard=lambda out, cfg, sink=sink: (sink, lambda: None))
-        with train.tracking(make_cfg('cfg_demo', dict(tracker=name)), tmp_path, sinks) as put:
+        with tracking(make_cfg('cfg_demo', dict(tracker=name)), tmp_path, sinks) as put:
             for step in (1, 2, 3):
                 put(dict(step=step))
         assert seen == want
@@ -516,8 +522,8 @@ def signal_once(number, function):
 
 
 # when the signal comes, where that is, the step at which the run is saved; a step may take as long as it likes
-MOMENTS = [('while RNAs are folded', BppStore, 'fill', 0), ('while the first batch is made', train, 'training_batch', 0),
-           ('in the first step', train, 'masked_mae', 1), ('while the fold is scored', train, 'predict_rows', 4)]
+MOMENTS = [('while RNAs are folded', BppStore, 'fill', 0), ('while the first batch is made', tasks, 'training_batch', 0),
+           ('in the first step', tasks, 'error_sums', 1), ('while the fold is scored', tasks, 'predict_rows', 4)]
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -529,7 +535,7 @@ def test_asked_to_stop_before_the_first_checkpoint(data, trained, tmp_path, monk
         m.setattr(where, name, signal_once(number, getattr(where, name)))
         with pytest.raises(Stopped, match=f'{number.name}: stopped .*last.pt; start the same run again') as stopped:
             train_run(cfg, *args, brief=True)
-    assert load_checkpoint(tmp_path/'last.pt')['pos']['step'] == step
+    assert load_checkpoint(tmp_path/'last.pt')['position']['step'] == step
     assert (f'at step {step} of 8' if step else 'before the first step, with the first weights') in str(stopped.value)
     heard = capsys.readouterr().err
     assert f'{number.name}: stops as soon as what is under way is done and saved' in heard
@@ -543,7 +549,7 @@ def test_asked_to_stop_before_the_first_checkpoint(data, trained, tmp_path, monk
 
 def test_stopped_while_folding_keeps_what_was_folded(data, tmp_path, monkeypatch):
     "By the command, whose exit code says that the same one goes on"
-    monkeypatch.setattr(train, 'draw_run', lambda trainer, metrics: None)
+    monkeypatch.setattr(tasks.ReactivityTask, 'draw', lambda *_: None)
     looks, args = [], ('ribo_train', 'cfg_demo', '--data', data/'store.arrow', '--bpp', tmp_path/'bpp', '--run', tmp_path/'run',
                        '--overrides', json.dumps(TINY | dict(n_epoch=1)))
     fill = BppStore.fill
@@ -561,7 +567,7 @@ def test_stopped_while_folding_keeps_what_was_folded(data, tmp_path, monkeypatch
         r = invoke(*args)
     assert r.exit_code == STOPPED and 'folding has stopped' in r.output and 'before the first step' in r.output
     assert looks == [1] and 0 < len(BppStore(tmp_path/'bpp')) < 24
-    assert load_checkpoint(tmp_path/'run'/'last.pt')['pos']['step'] == 0
+    assert load_checkpoint(tmp_path/'run'/'last.pt')['position']['step'] == 0
     assert invoke(*args).exit_code == 0 and len(BppStore(tmp_path/'bpp')) == 24
 
 
@@ -743,7 +749,7 @@ def test_what_a_model_does_not_read_is_refused(name):
             assert f'Cfg.{field} is {value!r}' in str(e) and f'{cfg.model} reads d_model, n_layer, n_head' in str(e)
             read = set(str(e).rpartition(' reads ')[2].split(', '))
             assert field not in read and ('kernel_size' in read) == (cfg.model != 'mamba')
-            if field not in train._switches:  # the constructor takes it, and it changes nothing
+            if field not in config.SWITCHES:  # the constructor takes it, and it changes nothing
                 assert not differs(cfg, dataclasses.replace(cfg, **{field: value}))
         else:
             assert differs(cfg, made), field
@@ -763,14 +769,14 @@ def test_moot_fields_of_training_are_refused():
 
 def test_a_run_that_would_claim_what_it_never_did_does_not_begin(data, tmp_path):
     with pytest.raises(ValueError, match='mamba does not read it'):
-        train_run(dataclasses.replace(train.cfg_mamba, kernel_size=9), data/'store.arrow', tmp_path/'run', data/'bpp')
+        train_run(dataclasses.replace(config.cfg_mamba, kernel_size=9), data/'store.arrow', tmp_path/'run', data/'bpp')
     assert not (tmp_path/'run').exists()
 
 
 def test_named_configurations_and_the_plan_of_the_battle_hold_nothing_unread():
     from battle_plan import plan
     for cfg in [*train.cfgs.values(), *(job.cfg for job in plan())]:
-        train.check_read(cfg, FIELDS)
+        config.check_read(cfg, FIELDS)
 
 
 def test_a_run_of_before_goes_on(data, tmp_path, monkeypatch):
@@ -783,6 +789,103 @@ def test_a_run_of_before_goes_on(data, tmp_path, monkeypatch):
     for again in (cfg, make_cfg(tmp_path/'cfg.json')):
         assert again.d_pair == Cfg().d_pair
         assert train_run(again, data/'store.arrow', tmp_path, data/'bpp', brief=True)['scores'] == old['scores']
+
+
+# ---------------------------------------------------------------- what is learned
+
+@pytest.fixture(scope='module')
+def three(data, tmp_path_factory):
+    "The same store with a third channel: 1M7, half of 2A3's reactivity"
+    store, path = Store(data/'store.arrow'), tmp_path_factory.mktemp('three')/'store.arrow'
+    meta = {k: v for k, v in store.meta.items() if k not in ('version', 'channels', 'n_row')}
+    schema = store_schema(len(store), meta, (*MODS, '1M7'))
+
+    def blocks():
+        for k, block in enumerate(store.mapped.blocks):
+            store.mapped.prepare([k])
+            rows = block.to_pandas()
+            for name in CHANNEL_FIELDS:
+                rows[f'{name}_1M7'] = rows[f'{name}_2A3']
+            rows['reactivity_1M7'] = [values / 2 for values in rows.reactivity_1M7]
+            yield block_of(rows, schema)
+
+    write_blocks(path, schema, blocks())
+    return path
+
+
+@covers('channels')
+@pytest.mark.parametrize('channels,names', [('2A3,DMS,1M7', ('2A3', 'DMS', '1M7')), ('1M7', ('1M7',)), ('DMS,2A3', ('DMS', '2A3'))])
+def test_any_channels_are_learned_and_scored(data, three, tmp_path, channels, names):
+    "In this order: batches, loss, score, checkpoint and predictions"
+    cfg, tape = make_cfg('cfg_demo', TINY | dict(channels=channels)), Tape()
+    with tape():
+        metrics = train_run(cfg, three, tmp_path, data/'bpp')
+    store = Store(three, names)
+    assert store.channels == names and tape.batches[0]['react'].shape[-1] == len(names)
+    line = [json.loads(text) for text in (tmp_path/'log.jsonl').read_text().splitlines()][-1]
+    scores = metrics['scores']['squeezeformer']
+    assert [name for name in scores if name in names] and set(names) <= set(scores)
+    assert ('official' in scores) == (set(MODS) <= set(names)) and ('of' in line) == ('official' not in scores)
+    assert {f'mae_{name}' for name in names} <= set(line)
+    model, cfg = load_model(tmp_path/'best.pt')
+    rows = tasks.held_out(store, 0)
+    preds = predict_rows(model, store, BppStore(data/'bpp'), rows)
+    assert model.channels == names and preds[0].shape[1] == len(names)
+    for k, name in enumerate(names):  # each column is that of its channel
+        wrong = [np.abs(p[:, k] - store[i][0][:, k].clip(0, 1)) for p, i in zip(preds, rows, strict=True)]
+        counts = [~np.isnan(store[i][0][:, k]) & store.SN_filter[i, k] for i in rows]
+        if 'official' not in scores or name not in MODS:
+            mae = sum(w[c].sum() for w, c in zip(wrong, counts, strict=True)) / sum(c.sum() for c in counts)
+            assert scores[name] == pytest.approx(mae, abs=1e-5)
+
+
+def test_a_channel_that_the_store_lacks_is_said_before_anything(data, tmp_path):
+    with pytest.raises(ValueError, match='NMIA'):
+        train_run(make_cfg('cfg_demo', TINY | dict(channels='2A3,NMIA')), data/'store.arrow', tmp_path/'run', data/'bpp')
+    assert not (tmp_path/'run').exists()
+
+
+@covers('task')
+def test_pairing_is_learned_from_the_sequence_alone(trained, data):
+    "The network sees no pairs; its first gradient is that of the mean error in p(unpaired)"
+    tape = trained(task='pairing')
+    batch, model = tape.batches[0], build(tape.best['cfg']).train()
+    assert not batch['bpp'].any() and batch['react'].shape[-1] == 1
+    bpp = BppStore(data/'bpp')(tape.sequences([batch]))
+    torch.testing.assert_close(batch['react'][..., 0][batch['mask']], (1 - bpp.sum(-1))[batch['mask']])
+    model.load_state_dict(tape.steps[0].before)
+    (model(batch)[..., 0] - batch['react'][..., 0])[batch['mask']].abs().mean().backward()
+    assert same(tape.steps[0].grads, {n: p.grad for n, p in model.named_parameters()})
+    assert tape.metrics['scores']['squeezeformer']['unpaired'] == pytest.approx(tape.log[-1]['mae'])
+    assert load_model(tape.out/'best.pt')[0].channels == ('unpaired',)
+
+
+@pytest.mark.parametrize('task', ['reactivity', 'pairing'])
+def test_each_task_survives_kills(data, trained, tmp_path, monkeypatch, task):
+    "Stopped in every third step, and between last.pt and prev.pt: the same weights and log in the end"
+    whole, cfg = trained(task=task, dropout=.1, save_minutes=0.), make_cfg('cfg_demo', TINY | dict(task=task, dropout=.1, save_minutes=0.))
+
+    class Killed(Exception):
+        pass
+
+    for k in (3, 2, 1):
+        left = [k]
+
+        def die(*_, left=left):
+            left[0] -= 1
+            if not left[0]:
+                raise Killed
+
+        hook = register_optimizer_step_post_hook(die)
+        with pytest.raises(Killed):
+            train_run(cfg, data/'store.arrow', tmp_path, data/'bpp', brief=True)
+        hook.remove()
+    (tmp_path/'last.pt').unlink()
+    train_run(cfg, data/'store.arrow', tmp_path, data/'bpp', brief=True)
+    assert same(load_checkpoint(tmp_path/'best.pt')['model'], whole.best['model'], 0)
+    lines = [json.loads(line) for line in (tmp_path/'log.jsonl').read_text().splitlines()]
+    assert [{k: v for k, v in line.items() if k not in COSTS} for line in lines] == [
+        {k: v for k, v in line.items() if k not in COSTS} for line in whole.log]
 
 
 # ---------------------------------------------------------------- nothing is left out
@@ -804,7 +907,9 @@ def test_a_run_has_the_network_of_its_configuration(trained, field, value):
     batch, first, grads = tape.batches[0], tape.steps[0], []
     for cfg in (tape.best['cfg'], trained().best['cfg']):
         model = build(cfg)
-        loss = train.masked_mae(model(batch), batch['react'], train.sn_weight(batch, cfg.weight)).sum()
+        weight = tasks.sn_weight(batch, cfg.weight)
+        total = tasks.position_weights(batch['react'], weight).sum()
+        loss = tasks.error_sums(model(batch), batch['react'], weight).sum()/total
         loss.backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
     assert first.grads.keys() == grads[0].keys() and same(first.grads, grads[0])

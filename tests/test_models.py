@@ -8,8 +8,9 @@ from ribo_nb import mamba
 from ribo_nb.mamba import ssd_dense
 from ribo_nb.ribonanzanet import RibonanzaNet
 from ribo_nb.squeezeformer import check_contract,toy_batch
-from ribo_nb.train import Replay,build,cfg_from_dict,cfgs,compile_blocks,load_model,make_optimizer,model_args,model_class,train_step
-from helpers import call,env
+from ribo_nb.config import build, cfg_from_dict, cfgs, compile_blocks, load_model, model_args, model_class
+from ribo_nb.train import Position, Stepper, make_optimizer
+from helpers import call,env, loss_of_reactivity
 
 small = dict(d_model=32, n_layer=2, n_head=4, d_state=8, d_pair=16)
 pair_track = replace(cfgs['cfg_mamba'], pair_track=True)
@@ -58,7 +59,7 @@ def test_2000_nt_in_8_GB(name, more):
     code = f'''
 import torch
 from ribo_nb.squeezeformer import toy_batch
-from ribo_nb.train import build,make_cfg
+from ribo_nb.config import build, make_cfg
 with torch.inference_mode(): assert build(make_cfg({name!r}, {more!r})).eval()(toy_batch((2000,))).isfinite().all()
 print(next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmHWM'))/2**20)
 '''
@@ -87,13 +88,15 @@ def test_replayed_steps_equal_eager(name):
     cfg,runs = replace(cfgs[name], **small, dropout=0., precision='fp32', lr=1e-4),[]
     for graph in (False, True):
         net = build(cfg).cuda().train()
-        opt,scaler = make_optimizer(net, cfg),torch.amp.GradScaler('cuda', enabled=False)
-        replay,losses = Replay(net, scaler, cfg, torch.float32) if graph else None,[]
+        optimizer, scaler = make_optimizer(net, cfg, 0), torch.amp.GradScaler('cuda', enabled=False)
+        stepper, losses = Stepper(net, loss_of_reactivity(cfg), scaler, torch.float32, record=graph), []
         for seed in range(6):
             torch.manual_seed(seed)
             b = toy_batch((61, 40), seed=seed) | dict(react=torch.rand(2, 61, 2), sn=torch.full((2, 2), 5.), SN_filter=torch.ones(2, 2, dtype=torch.bool))
-            losses += train_step(net, opt, scaler, {k: v.cuda() for k,v in b.items()}, cfg, torch.float32, replay=replay)[0]
-        assert not graph or len(replay.kept) == 1
+            losses += stepper.gradient({k: v.cuda() for k,v in b.items()}, optimizer, Position()).tolist()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad)
+            optimizer.step()
+        assert not graph or len(stepper.recorder.recorded) == 1
         runs.append((torch.tensor(losses), {k: v.cpu() for k,v in net.state_dict().items() if 'running' not in k}))
     torch.testing.assert_close(runs[0][0], runs[1][0], atol=1e-4, rtol=0)
     for k,v in runs[0][1].items(): torch.testing.assert_close(v, runs[1][1][k], atol=1e-3, rtol=0, msg=k)

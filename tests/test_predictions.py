@@ -8,14 +8,14 @@ import pytest
 import torch
 from dataclasses import replace
 from helpers import TINY,invoke
-from ribo_nb import bpp,infer,train
+from ribo_nb import bpp, config, infer, train
 from ribo_nb.data import FLANK3,FLANK5,Store,shown
 from ribo_nb.infer import drawn_share,load,outside,predict
 from published_ribonanzanet import official_state,published
 from ribo_nb.ribonanzanet import RibonanzaNet
 from ribo_nb.squeezeformer import toy_batch
 from ribo_nb.structure import dot_bracket,layout,partners,place_numbers,plot_structure
-from ribo_nb.train import OFFICIAL,load_model
+from ribo_nb.config import OFFICIAL, load_model
 
 
 @pytest.fixture(scope='module')
@@ -53,14 +53,14 @@ def test_official_weights_predict(official, tmp_path):
 def test_official_weights_beside_a_run(official, tmp_path):
     "They read no base-pair probabilities, so they go with a run whatever engine that was trained on"
     cfg = replace(OFFICIAL, model='squeezeformer', d_model=16, n_layer=1, engine_params='12345678')
-    train.save(tmp_path/'other.pt', cfg, model=train.build(cfg).state_dict())
+    config.save(tmp_path/'other.pt', cfg, model=config.build(cfg).state_dict())
     model = load([official[0], tmp_path/'other.pt'], 'cpu')
     assert {c.engine_params for c in model.cfgs} == {'12345678'}
 
 
 def test_training_begins_with_official_weights(official, mount, tmp_path):
     path,net = official
-    begun = train._fresh(replace(OFFICIAL, start=str(path), device='cpu')).state_dict()
+    begun = train.first_model(replace(OFFICIAL, start=str(path), device='cpu')).state_dict()
     assert all(torch.equal(v, net.state_dict()[k]) for k,v in begun.items())
     args = '--data',mount/'store.arrow','--bpp',mount/'bpp','--run',tmp_path/'run'
     for start,why in ((path, 'start cfg_ribonanzanet with them'), (tmp_path/'gone.pt', 'no such checkpoint')):
@@ -187,10 +187,10 @@ def test_a_run_remembers_what_it_has_seen(mount, tmp_path):
 
 
 def test_an_ensemble_has_seen_what_any_member_has(tmp_path):
-    cfg = train.make_cfg('cfg_demo', json.loads(TINY))
-    weights = train.build(cfg).state_dict()
-    train.save(tmp_path/'a.pt', cfg, model=weights, seen=RANGE)
-    train.save(tmp_path/'b.pt', cfg, model=weights, seen=RANGE | dict(longest=300, start=0))
+    cfg = config.make_cfg('cfg_demo', json.loads(TINY))
+    weights = config.build(cfg).state_dict()
+    config.save(tmp_path/'a.pt', cfg, model=weights, seen=RANGE)
+    config.save(tmp_path/'b.pt', cfg, model=weights, seen=RANGE | dict(longest=300, start=0))
     assert load([tmp_path/'a.pt', tmp_path/'b.pt'], 'cpu').seen == RANGE | dict(longest=300, start=0)
 
 

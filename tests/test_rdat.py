@@ -216,7 +216,7 @@ def test_commands_read_rdat(mount, tmp_path):
 
 
 def test_measured_rdat_is_drawn(mount, tmp_path):
-    from ribo_nb.train import Cfg, build, save
+    from ribo_nb.config import Cfg, build, save
     cfg = Cfg(d_model=16, n_layer=1, bpp='none', device='cpu', precision='fp32')
     save(tmp_path/'tiny.pt', cfg, model=build(cfg).state_dict())
     sequence = Store(mount/'store.arrow').rows.sequence[0]

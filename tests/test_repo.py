@@ -32,7 +32,13 @@ def test_runtime_needs_no_development_package():
     r = subprocess.run([str(BIN/'python'), '-c', code], cwd=ROOT, env=env(), capture_output=True, text=True)
     assert r.stdout.strip() == '[]', r.stdout + r.stderr
 
-@pytest.mark.parametrize('name', ['data','bpp','bpp_store','structure','squeezeformer','seed32','mamba','ribonanzanet','train','infer','score','kaggle'])
+def test_the_map_names_every_room():
+    "CONTRIBUTING.md says where a thing happens: each notebook that exports a module is in its table"
+    table = (ROOT/'CONTRIBUTING.md').read_text()
+    rooms = [p.stem for p in sorted((ROOT/'nbs').glob('*.ipynb')) if 'default_exp' in p.read_text()]
+    assert len(rooms) > 15 and [room for room in rooms if f'`{room}`' not in table] == []
+
+@pytest.mark.parametrize('name', sorted(p.stem for p in (ROOT/'ribo_nb').glob('[a-z]*.py')))
 def test_module_defines_every_name_it_uses(name):
     "A notebook can hide a missing import, because its lessons import more than it exports"
     m = importlib.import_module(f'ribo_nb.{name}')

@@ -21,7 +21,8 @@ from ribo_nb.convert import write_store
 from ribo_nb.data import Store, atomic, own_folder, simulate
 from ribo_nb.infer import Ensemble, Sequences, load
 from ribo_nb.score import fit_ensemble, score_files
-from ribo_nb.train import build, cfg_demo, compare, watch
+from ribo_nb.config import build, cfg_demo
+from ribo_nb.runs import compare, watch
 
 
 def fake_run(folder, lr=1e-3):

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT, TINY, invoke
 
-from ribo_nb import bpp, bpp_store, convert, data, families, infer, score, structure, train
+from ribo_nb import bpp, bpp_store, config, convert, data, families, infer, metric, runs, score, structure, tasks, trackers, train
 
 ONE_EPOCH = json.loads(TINY) | dict(n_epoch=1)
 
@@ -74,7 +74,7 @@ def test_one_store_is_taken_several_are_listed_and_other_tables_do_not_count(mou
 def test_python_says_which_data():
     "`train_run(cfg)` does not simulate in silence either"
     with pytest.raises(TypeError, match='data'):
-        train.train_run(train.cfg_0)
+        train.train_run(config.cfg_0)
 
 
 @pytest.mark.parametrize('overrides, name', [
@@ -89,7 +89,7 @@ def test_fold_and_seed_are_in_the_name_of_the_folder(clone, overrides, name):
 
 
 def test_a_copy_of_a_run_lies_beside_it(mount, everything):
-    cfg = train.make_cfg(str(everything/'cfg.json'), dict(seed=5))
+    cfg = config.make_cfg(str(everything/'cfg.json'), dict(seed=5))
     assert train.run_folder(str(everything/'cfg.json'), cfg) == everything.with_name('everything-seed5')
 
 
@@ -101,7 +101,7 @@ def test_summary_needs_no_data(clone):
 def test_simulated_is_said_wherever_a_run_is_described(mount, everything):
     assert json.loads((everything/'metrics.json').read_text())['data'] == 'store.arrow (SIMULATED)'
     assert 'SIMULATED' in (everything/'starts.jsonl').read_text()
-    assert 'SIMULATED' in train.watch(everything)
+    assert 'SIMULATED' in runs.watch(everything)
     again = run(mount, everything, fold=-1).output
     assert 'data: store.arrow (SIMULATED)' in again and 'nothing is left to do' in again
 
@@ -144,7 +144,7 @@ def test_every_parameter_of_a_notebook_has_a_kind(notebook):
 def test_a_run_on_everything_ends_well(mount, everything):
     assert {'best.pt', 'metrics.json', 'loss.png'} <= {p.name for p in everything.iterdir()}
     assert 'scores' not in json.loads((everything/'metrics.json').read_text())
-    assert train.watch(everything).startswith('everything: finished')
+    assert runs.watch(everything).startswith('everything: finished')
     r = invoke('ribo_score', '--runs', everything)
     assert r.exit_code == 0 and 'everything' in r.output
 
@@ -152,7 +152,7 @@ def test_a_run_on_everything_ends_well(mount, everything):
 def test_following_a_finished_run_ends_also_in_a_terminal(everything, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
     monkeypatch.setattr(train.time, 'sleep', lambda s: pytest.fail('it waits for a run that has ended'))
-    train.follow(everything)
+    runs.follow(everything)
     assert 'finished' in capsys.readouterr().out
 
 
@@ -166,10 +166,10 @@ NO_ROWS = np.array([], int)
 def few(mount):
     class Few:
         store = data.Store(mount/'store.arrow')
-        model = infer.Ensemble([train.build(train.make_cfg('cfg_demo', json.loads(TINY)))],
-                               [train.make_cfg('cfg_demo', json.loads(TINY))])
+        model = infer.Ensemble([config.build(config.make_cfg('cfg_demo', json.loads(TINY)))],
+                               [config.make_cfg('cfg_demo', json.loads(TINY))])
         bpp = bpp_store.BppStore(mount/'bpp')
-    Few.nothing = train.errors([], Few.store, NO_ROWS)
+    Few.nothing = metric.errors([], Few.store, NO_ROWS)
     return Few
 
 
@@ -187,19 +187,19 @@ EMPTY = dict(
     fill=(lambda f: f.bpp.fill([]), 0),
     bpp_store=(lambda f: list(f.bpp([]).shape), [0, 0, 0]),
     clean_sequences=(lambda f: bpp.clean_sequences([], 'x'), []),
-    predict_sequences=(lambda f: train.predict_sequences(f.model, [], f.bpp), []),
-    predict_rows=(lambda f: train.predict_rows(f.model, f.store, f.bpp, NO_ROWS), []),
+    predict_sequences=(lambda f: tasks.predict_sequences(f.model, [], f.bpp), []),
+    predict_rows=(lambda f: tasks.predict_rows(f.model, f.store, f.bpp, NO_ROWS), []),
     errors=(lambda f: len(f.nothing), 0),
-    score=(lambda f: train.score(f.nothing), 'no position counts'),
-    score_by=(lambda f: train.score_by(f.nothing), dict(dataset_name={}, length={})),
-    fit_baselines=(lambda f: train.fit_baselines(f.store, NO_ROWS, f.bpp), 'no rows to fit'),
-    baselines=(lambda f: set(map(len, train.baselines(f.store, np.arange(3), [], f.bpp).values())), {0}),
+    score=(lambda f: metric.score(f.nothing), 'no position counts'),
+    score_by=(lambda f: metric.score_by(f.nothing), dict(dataset_name={}, length={})),
+    fit_baselines=(lambda f: metric.fit_baselines(f.store, NO_ROWS, f.bpp), 'no rows to fit'),
+    baselines=(lambda f: set(map(len, metric.baselines(f.store, np.arange(3), [], f.bpp).values())), {0}),
     plot_log=(lambda f: type(train.plot_log([])), plt.Figure),
-    plot_scores=(lambda f: train.plot_scores({}), 'no scores to draw'),
-    plot_errors=(lambda f: train.plot_errors({}), 'no scores to draw'),
-    plot_pred=(lambda f: train.plot_pred([], []), 'no profiles to draw'),
-    bootstrap=(lambda f: train.bootstrap(f.nothing), 'no position counts'),
-    compare=(lambda f: train.compare([]), 'no runs to compare'),
+    plot_scores=(lambda f: metric.plot_scores({}), 'no scores to draw'),
+    plot_errors=(lambda f: metric.plot_errors({}), 'no scores to draw'),
+    plot_pred=(lambda f: metric.plot_pred([], []), 'no profiles to draw'),
+    bootstrap=(lambda f: metric.bootstrap(f.nothing), 'no position counts'),
+    compare=(lambda f: runs.compare([]), 'no runs to compare'),
     report_runs=(lambda f: score.report_runs([], 'x.html'), 'no runs to compare'),
     predict=(lambda f: len(infer.predict(f.model, [], bpp=f.bpp)), 0),
     predict_structures=(lambda f: len(infer.predict(f.model, [], bpp=f.bpp, structures=True)), 0),
@@ -267,13 +267,13 @@ def test_one_modifier_is_trained_and_its_score_is_named(dms, tmp_path):
     # by hand: the mean error over measured positions of profiles that pass
     store = data.Store(dms/'store.arrow')
     rows = data.held_out(store, 0)
-    model = train.load_model(tmp_path/'one'/'best.pt')[0].eval()
-    preds = train.predict_rows(model, store, bpp_store.BppStore(dms/'bpp'), rows)
+    model = config.load_model(tmp_path/'one'/'best.pt')[0].eval()
+    preds = tasks.predict_rows(model, store, bpp_store.BppStore(dms/'bpp'), rows)
     wrong = np.concatenate([np.abs(p - store[i][0].clip(0, 1))[:, 1] for p, i in zip(preds, rows, strict=True)
                             if store.SN_filter[i, 1]])
     assert abs(np.nanmean(wrong) - own['DMS']) < 1e-6
-    assert 'held-out MAE of DMS' in train.watch(tmp_path/'one')
-    table, fig = train.compare([tmp_path/'one'])
+    assert 'held-out MAE of DMS' in runs.watch(tmp_path/'one')
+    table, fig = runs.compare([tmp_path/'one'])
     assert table.official.isna().all() and abs(table['MAE of DMS'].iloc[0] - own['DMS']) < 1e-9
     assert 'MAE of DMS' in fig.axes[0].get_ylabel()
     (tmp_path/'x.fasta').write_text('>x\nGGGAAAACCC\n')
@@ -321,9 +321,9 @@ def test_positions_that_the_official_score_leaves_out_are_counted(mount):
         return seq, mask, react, react_err
 
     store.arrays = without_dms_at_g_and_u
-    remark, = train.check_scorable(store, 0, data.held_out(store, 0))
+    remark, = tasks.check_scorable(store, 0, data.held_out(store, 0))
     assert 'leaves out' in remark and 'of 2A3' in remark and 'of DMS' not in remark
-    assert train.check_scorable(data.Store(mount/'store.arrow'), 0, data.held_out(store, 0)) == []
+    assert tasks.check_scorable(data.Store(mount/'store.arrow'), 0, data.held_out(store, 0)) == []
 
 
 # ---- watch and stop
@@ -345,20 +345,28 @@ def test_watch_between_start_and_first_step_and_after_a_death(tmp_path):
 
 def test_watch_after_stop_says_where_it_stopped(mount, tmp_path, monkeypatch):
     "Stopped before the first line of the log"
-    monkeypatch.setattr(train.Trainer, 'agree', lambda self, stop: [self.pos.step == 2, False, False])
+    steps = []
+    agree = train.agree
+
+    def stop_after_two(*wishes):
+        if len(wishes) == 1: return agree(*wishes)
+        steps.append(1)
+        return [len(steps) == 2, False, False]
+
+    monkeypatch.setattr(train, 'agree', stop_after_two)
     out = tmp_path/'r'
     with pytest.raises(train.Stopped):
-        train.train_run(train.make_cfg('cfg_demo', ONE_EPOCH), mount/'store.arrow', out, mount/'bpp', brief=True)
-    assert 'stopped at step 2 and saved' in train.watch(out)
-    assert 'step 2 of' in train.watch(out)
-    assert 'nothing trains here' in train.ask_to_stop(out)
+        train.train_run(config.make_cfg('cfg_demo', ONE_EPOCH), mount/'store.arrow', out, mount/'bpp', brief=True)
+    assert 'stopped at step 2 and saved' in runs.watch(out)
+    assert 'step 2 of' in runs.watch(out)
+    assert 'nothing trains here' in runs.ask_to_stop(out)
 
 
 def test_watch_finds_folds_inside_and_runs_beside(tmp_path, everything):
     for name in ('cfg_0/fold0', 'cfg_0-fold1-seed2', 'cfg_0-seed3', 'cfg_0-fold-1', 'cfg_0-other', 'cfg_01'):
         (tmp_path/name).mkdir(parents=True)
         (tmp_path/name/'status.json').write_text((everything/'status.json').read_text())
-    found = {str(p.relative_to(tmp_path)) for p in train.runs_of(tmp_path/'cfg_0')}
+    found = {str(p.relative_to(tmp_path)) for p in runs.runs_of(tmp_path/'cfg_0')}
     assert found == {'cfg_0/fold0', 'cfg_0-fold1-seed2', 'cfg_0-seed3', 'cfg_0-fold-1'}
     (tmp_path/'cfg_0-seed3'/'metrics.json').write_text((everything/'metrics.json').read_text())
     assert 'cfg_0-seed3: finished' in invoke('ribo_train', '--watch', tmp_path/'cfg_0').output
@@ -376,7 +384,7 @@ def track(out, tracker, lines):
     out.mkdir(exist_ok=True)
     (out/'cfg.json').write_text('{"data": {}}')
     (out/'starts.jsonl').write_text('{}\n')
-    with train.tracking(train.make_cfg('cfg_demo', dict(tracker=tracker)), out) as tell:
+    with trackers.tracking(config.make_cfg('cfg_demo', dict(tracker=tracker)), out) as tell:
         for line in lines:
             tell(line)
 
@@ -388,7 +396,7 @@ def test_neptune_gets_each_step_of_a_series_once(tmp_path, monkeypatch):
     monkeypatch.delenv('NEPTUNE_API_TOKEN', raising=False)
     for run_name in 'ab':
         track(tmp_path/run_name, 'neptune', LINES)
-        kept = train.read_neptune(tmp_path/run_name)
+        kept = trackers.read_neptune(tmp_path/run_name)
         assert not kept.duplicated(['name', 'step']).any()
         assert kept[kept.name == 'loss'].step.tolist() == [20, 40] and 'mae' in set(kept.name)
     assert 'NEPTUNE_DATA_DIRECTORY' not in os.environ
@@ -403,7 +411,7 @@ def test_neptune_without_its_server_keeps_the_run_and_says_where(tmp_path, monke
         token = json.dumps(dict(api_address=f'http://127.0.0.1:{s.getsockname()[1]}')).encode()
         monkeypatch.setenv('NEPTUNE_API_TOKEN', base64.b64encode(token).decode() if 'token' not in server else 'ANONYMOUS')
         track(tmp_path/'r', 'neptune', LINES)
-    assert 'loss' in set(train.read_neptune(tmp_path/'r').name)
+    assert 'loss' in set(trackers.read_neptune(tmp_path/'r').name)
     said = capsys.readouterr().err
     assert 'does not answer' in said and '/r/.neptune' in said and 'neptune sync' in said
 

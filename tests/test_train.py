@@ -3,8 +3,10 @@ import contextlib,importlib.util,io,itertools,json,multiprocessing,os,pickle,ran
 import numpy as np,pandas as pd,psutil,pytest,torch
 from types import SimpleNamespace
 from helpers import BIN,ROOT,TINY,call,env,invoke,start
-from ribo_nb import train
-from ribo_nb.train import COSTS,STOPPED,load_checkpoint,make_cfg,read_neptune,tracking,train_run,trains
+from ribo_nb import tasks, train
+from ribo_nb.config import load_checkpoint, make_cfg
+from ribo_nb.trackers import read_neptune, tracking
+from ribo_nb.train import COSTS, STOPPED, is_training, train_run
 
 def run(mount, out, *more, cfg='cfg_demo', overrides=TINY):
     return ('ribo_train', cfg, '--data', mount/'store.arrow', '--bpp', mount/'bpp', '--run', out, '--overrides', overrides, *more)
@@ -84,7 +86,7 @@ def test_papermill_killed_and_ignoring_sigint(mount, tmp_path):
         if sig == signal.SIGKILL: os.killpg(p.pid, sig)
         with contextlib.suppress(ProcessLookupError): os.kill(pid, sig)  # the kernel has a session of its own
         assert p.wait(60) != 0 and (sig == signal.SIGKILL or 'start the same run again' in (parts/'train.ipynb').read_text())
-        while trains(parts): time.sleep(.05)
+        while is_training(parts): time.sleep(.05)
     assert call(*args(parts)).returncode == 0
     a,b = weights(tmp_path/'whole'),weights(parts)
     assert all(torch.equal(a[k], b[k]) for k in a) and log(tmp_path/'whole') == log(parts)
@@ -97,7 +99,7 @@ def test_command_stops_with_its_own_exit_code(mount, tmp_path):
     assert 'sequences/s' in invoke('ribo_train', '--watch', tmp_path).output or 'nothing logged' in invoke('ribo_train', '--watch', tmp_path).output
     assert 'saves after its step and stops' in invoke('ribo_train', '--stop', tmp_path).output
     err = p.communicate(timeout=60)[1]
-    assert p.returncode == STOPPED and 'start the same run again' in err and not trains(tmp_path)
+    assert p.returncode == STOPPED and 'start the same run again' in err and not is_training(tmp_path)
 
 @pytest.mark.parametrize('damage', ['cut','bit','empty','pickle'])
 def test_damaged_checkpoint_falls_back_to_the_one_before(mount, tmp_path, damage):
@@ -120,14 +122,14 @@ def test_all_folds_and_their_comparison(mount, tmp_path):
 
 def test_full_disk_keeps_the_last_checkpoint(mount, tmp_path):
     "No file may grow beyond what the log and the small files need"
-    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); from ribo_nb.train import ribo_train; ribo_train()"
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); from ribo_nb.commands import ribo_train; ribo_train()"
     o = TINY[:-1] + ', "save_minutes": 0.0}'
     assert invoke(*run(mount, tmp_path, overrides=o)).exit_code == 0
     before = (tmp_path/'last.pt').read_bytes()
     (tmp_path/'last.pt').unlink()  # go on from the one before
     r = subprocess.run([sys.executable, '-c', code, *map(str, run(mount, tmp_path, overrides=o)[1:])], env=env(), capture_output=True, text=True)
     assert r.returncode == 1 and 'make room and start again' in r.stderr, r.stderr[-500:]
-    assert invoke(*run(mount, tmp_path, overrides=o)).exit_code == 0 and load_checkpoint(tmp_path/'last.pt')['pos'] == torch.load(io.BytesIO(before), weights_only=True)['pos']
+    assert invoke(*run(mount, tmp_path, overrides=o)).exit_code == 0 and load_checkpoint(tmp_path/'last.pt')['position'] == torch.load(io.BytesIO(before), weights_only=True)['position']
 
 @pytest.mark.parametrize('tracker', ['none','tensorboard','neptune'])
 def test_every_tracker_without_network_or_token(mount, tmp_path, tracker, monkeypatch):
@@ -158,7 +160,7 @@ def test_a_tracker_that_hangs_or_fails_stops_nothing(mount, tmp_path, capsys):
 
 def two(mount, out, o): # the command that trains on two processes
     port = f'--master-port={random.randint(20_000, 60_000)}'
-    return ('torchrun', '--nproc-per-node=2', port, '-m', 'ribo_nb.train', *('--out' if a == '--run' else a for a in run(mount, out, overrides=o)[1:]))
+    return ('torchrun', '--nproc-per-node=2', port, '--no-python', BIN/'ribo_train', *('--out' if a == '--run' else a for a in run(mount, out, overrides=o)[1:]))
 
 def same_curve(a, b, eps=1e-4):
     "Same steps, and the same loss to rounding"
@@ -193,13 +195,13 @@ def test_a_dead_rank_ends_the_job_which_goes_on(mount, tmp_path):
     p = start(*two(mount, tmp_path, o)); until(p, tmp_path)
     ranks(p)[0].kill()
     assert p.wait(120) != 0
-    step = load_checkpoint(tmp_path/'last.pt')['pos']['step']
+    step = load_checkpoint(tmp_path/'last.pt')['position']['step']
     p = start(*two(mount, tmp_path, o)); until(p, tmp_path, _step(tmp_path))
     os.killpg(p.pid, signal.SIGTERM); p.communicate(timeout=120)
-    assert load_checkpoint(tmp_path/'last.pt')['pos']['step'] > step
+    assert load_checkpoint(tmp_path/'last.pt')['position']['step'] > step
 
 def ranks(p): # the training processes below a torchrun
-    return [q for q in psutil.Process(p.pid).children(recursive=True) if 'ribo_nb.train' in ' '.join(q.cmdline()) and 'torchrun' not in ' '.join(q.cmdline())]
+    return [q for q in psutil.Process(p.pid).children(recursive=True) if 'ribo_train' in ' '.join(q.cmdline()) and 'torchrun' not in ' '.join(q.cmdline())]
 
 def test_two_nodes_on_loopback_by_the_documented_script(mount, tmp_path):
     "docs/slurm.sh with a stand-in for SLURM that starts both nodes here; a rank dies, all begin again, the job ends well"
@@ -219,14 +221,14 @@ def test_two_nodes_on_loopback_by_the_documented_script(mount, tmp_path):
 
 def test_notebook_starts_torchrun_that_outlives_it(mount, tmp_path, monkeypatch):
     "The one who called `launch` is killed; the run goes on; a second call looks on and gets the metrics"
-    code = "import json,sys; from ribo_nb.train import *; a = json.loads(sys.argv[1]); launch(make_cfg('cfg_demo', a['o']), 2, a['data'], a['out'], a['bpps'])"
+    code = "import json,sys; from ribo_nb.train import launch, make_cfg; a = json.loads(sys.argv[1]); launch(make_cfg('cfg_demo', a['o']), 2, a['data'], a['out'], a['bpps'])"
     o = json.dumps(json.loads(TWO) | dict(n_epoch=10, save_minutes=.0))
     argv = [sys.executable, '-c', code, json.dumps(dict(o=o, data=str(mount/'store.arrow'), out=str(tmp_path), bpps=str(mount/'bpp')))]
     p = subprocess.Popen(argv, env=env(), cwd=ROOT); until(p, tmp_path)
     rank = psutil.Process(json.loads((tmp_path/'status.json').read_text())['pid'])
     rank.suspend()  # it must not end before the second call has looked at it
     p.kill(); p.wait()
-    assert trains(tmp_path)
+    assert is_training(tmp_path)
     looks = []
     def look(seconds):
         looks.append(rank.is_running())
@@ -269,7 +271,7 @@ class Bomb:
 def test_one_measurement_of_each_sequence_another_in_the_next_epoch(mount):
     import numpy as np
     from ribo_nb.data import Store
-    from ribo_nb.train import training_rows
+    from ribo_nb.tasks import training_rows
     store,cfg = Store(mount/'store.arrow'),make_cfg('cfg_demo', dict(one_each=True, fold=0))
     a,b = (training_rows(store, cfg, e) for e in (0, 1))
     seqs = [store.rows.sequence.iloc[r].tolist() for r in (a, b)]
@@ -292,7 +294,7 @@ def test_start_from_weights_and_scores_only_where_due(mount, tmp_path):
 def test_replicates_are_predicted_once(monkeypatch):
     "Several measurements of a sequence cost one prediction, and each row gets it"
     seen = []
-    monkeypatch.setattr(train, 'predict_sequences', lambda model, seqs, bpp, many: seen.append(seqs) or [np.full((len(s), 2), k) for k,s in enumerate(seqs)])
+    monkeypatch.setattr(tasks, 'predict_sequences', lambda model, seqs, bpp, many: seen.append(seqs) or [np.full((len(s), 2), k) for k,s in enumerate(seqs)])
     store = SimpleNamespace(rows=pd.DataFrame(dict(sequence=['AAA','CCCC','AAA','GG'])))
-    preds = train.predict_rows(torch.nn.Linear(1, 1), store, None, np.array([2, 1, 0]))
+    preds = tasks.predict_rows(torch.nn.Linear(1, 1), store, None, np.array([2, 1, 0]))
     assert seen == [['AAA','CCCC']] and [p[0,0] for p in preds] == [0, 1, 0]
