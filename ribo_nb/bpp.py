@@ -26,11 +26,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.patches import Arc
 from numba import njit
 from tqdm import tqdm
 
@@ -871,8 +868,9 @@ def plot_dots(
     bpp,  # (l l)
     sequence: str = '',  # labels the axes when short
     ax=None,
-) -> plt.Axes:
+):  # matplotlib's Axes
     "Dot plot: a square per pair, its area the probability"
+    import matplotlib.pyplot as plt
     if ax is None:
         ax = plt.subplots(figsize=(4.2, 4.2), layout='constrained')[1]
     bpp = np.asarray(bpp)
@@ -888,8 +886,9 @@ def plot_dots(
     return ax
 
 # %% ../nbs/01_bpp.ipynb #bc302992
-def draw_arcs(ax: plt.Axes, bpp: np.ndarray):
+def draw_arcs(ax, bpp: np.ndarray):
     "An arc per pair, darker when more likely"
+    from matplotlib.patches import Arc
     pairs = np.argwhere(np.triu(bpp) > .02)
     for i, j in pairs:
         centre = (i + j)/2 + 1, 0
@@ -899,7 +898,7 @@ def draw_arcs(ax: plt.Axes, bpp: np.ndarray):
     ax.axis('off')
 
 
-def draw_bars(ax: plt.Axes, react: np.ndarray, modifier: str):  # react (l)
+def draw_bars(ax, react: np.ndarray, modifier: str):  # react (l)
     position = np.arange(1, len(react) + 1)
     ax.bar(position, np.nan_to_num(react).clip(0, 1.5), width=.9, color=COLORS[modifier])
     ax.set(ylim=(0, 1.5), ylabel=modifier)
@@ -911,8 +910,9 @@ def plot_arcs(
     react=None,  # (l m), drawn beneath as bars
     sequence: str = '',
     title: str = '',
-) -> plt.Figure:
+):  # matplotlib's Figure
     "Arc plot: pairs above the sequence; nucleotides coloured by 2A3 reactivity, both modifiers below"
+    import matplotlib.pyplot as plt
     bpp = np.asarray(bpp)
     n = len(bpp)
     n_below = 0 if react is None else len(MODS)
@@ -934,7 +934,8 @@ def plot_arcs(
         last = axs[-1, 0]
         last.set_xticks(range(1, n + 1), list(sequence), fontsize=6 if n > 60 else 9)
         last.tick_params(axis='x', length=0)
-    sns.despine(fig)
+    for ax in fig.axes:
+        ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 # %% ../nbs/01_bpp.ipynb #3a8bb7f7

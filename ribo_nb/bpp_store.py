@@ -24,7 +24,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import click
-import joblib
 import numpy as np
 import torch
 from numba import njit
@@ -230,6 +229,7 @@ def cut_pieces(eng: Engine, sequences: list, seconds: float = 2., most: int = 25
 # %% ../nbs/01a_bpp_store.ipynb #e9cdcf26
 def fold_pieces(store, todo: list, n_jobs: int):
     "Yield what `fold_piece` returns, in the order in which it is ready"
+    import joblib
     eng = store.eng
     eng.prepare()
     if sum(eng.seconds(len(s)) for s in todo) < 2:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MODELS', 'FREE', 'SWITCHES', 'cfg_0', 'cfg_mamba', 'cfg_ribonanzanet', 'cfg_seed32', 'cfg_demo', 'cfgs', 'GONE',
            'CKPT_VERSION', 'SEAL', 'OFFICIAL', 'limits', 'one_of', 'switch', 'Cfg', 'check_field', 'model_class',
-           'model_args', 'build', 'compile_blocks', 'n_parameters', 'default', 'fields_of_models', 'fields_of_tasks',
-           'unread_fields', 'check_read', 'without_unread', 'named_cfg', 'json_object', 'make_cfg', 'cfg_from_dict',
-           'count_costs', 'flops_of', 'kind_of', 'summary', 'folding', 'save', 'fits', 'load_checkpoint', 'upgrade',
-           'official_model', 'load_model', 'first_weights']
+           'model_args', 'build', 'leave_to_eager', 'compile_blocks', 'n_parameters', 'default', 'fields_of_models',
+           'fields_of_tasks', 'unread_fields', 'check_read', 'without_unread', 'named_cfg', 'json_object', 'make_cfg',
+           'cfg_from_dict', 'count_costs', 'flops_of', 'kind_of', 'summary', 'folding', 'save', 'fits',
+           'load_checkpoint', 'upgrade', 'official_model', 'load_model', 'first_weights']
 
-# %% ../nbs/03f_config.ipynb #18b9b90f
+# %% ../nbs/03f_config.ipynb #7523fe37
 import dataclasses
 import hashlib
 import inspect
@@ -28,10 +28,10 @@ from torch import nn
 
 from .bpp import Engine, engine, engines, native_params
 from .data import MODS, atomic, readable, shown
-from .mamba import RibonanzaMamba
+from .mamba import RibonanzaMamba, Walks
 from .ribonanzanet import RibonanzaMambaPairs, RibonanzaNet, is_official, load_official
 from .seed32 import Seed32
-from .squeezeformer import Squeezeformer, choices
+from .squeezeformer import DepthwiseConv, Squeezeformer, choices
 from .tasks import TASKS, TYPICAL, single_precision
 
 # %% ../nbs/03f_config.ipynb #e474002d
@@ -149,7 +149,7 @@ def check_field(cfg, f: dataclasses.Field):
 FREE = {f.name for f in fields(Cfg) if f.metadata.get('free')}
 SWITCHES = {f.name for f in fields(Cfg) if f.metadata.get('switch')}
 
-# %% ../nbs/03f_config.ipynb #0b410da4
+# %% ../nbs/03f_config.ipynb #0c559762
 def model_class(cfg: Cfg):
     return RibonanzaMambaPairs if cfg.model == 'mamba' and cfg.pair_track else MODELS[cfg.model]
 
@@ -168,8 +168,18 @@ def build(cfg: Cfg) -> nn.Module:  # batch → what its task predicts, usually r
     return model_class(cfg)(**model_args(cfg), n_channel=n_channel)
 
 
+def leave_to_eager(kind: type):
+    "Let torch.compile pass by a class of modules. No decorator: importing the compiler takes seconds"
+    if not getattr(kind, 'is_left_to_eager', False):
+        kind.forward = torch.compiler.disable(kind.forward)
+        kind.is_left_to_eager = True
+
+
 def compile_blocks(model: nn.Module):
     "Compile a model's repeated blocks, in place: each kind once, for all layers and lengths"
+    # They would be compiled anew for each length.
+    leave_to_eager(DepthwiseConv)
+    leave_to_eager(Walks)
     for part in model.children():
         if isinstance(part, nn.ModuleList):
             for block in part:

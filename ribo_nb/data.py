@@ -51,11 +51,9 @@ _keep_fonts()
 import bz2,csv,fcntl,glob,gzip,hashlib,io,json,lzma,mmap,queue,re,secrets
 import textwrap,threading,zipfile,zlib
 import click,numpy as np,pandas as pd,pyarrow as pa,pyarrow.csv as pv,pyarrow.parquet as pq
-import matplotlib.pyplot as plt
 from collections import Counter
 from contextlib import contextmanager,nullcontext,suppress
 from numba import config as numba_config,njit
-from scipy.special import gammaincinv
 from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #5e0c26a4
@@ -417,6 +415,7 @@ def _chemistry(
     flex:np.ndarray, # shares of `CONTEXTS`, (l 4)
 )->np.ndarray: # expected reactivity, (l m)
     "Reactivity before noise: context table times the factor of the surrounding 5-mer"
+    from scipy.special import gammaincinv
     nt = ids.astype(int) - 1
     kmer = np.lib.stride_tricks.sliding_window_view(np.pad(nt, 2), 5) @ 4**np.arange(5)
     out = np.empty((len(ids), 2))
@@ -1103,6 +1102,7 @@ def plot_profile(
     channels: tuple = MODS,
 ):  # matplotlib's Figure
     "Reactivity along one RNA, one panel per channel"
+    import matplotlib.pyplot as plt
     n = len(channels)
     size = max(6, len(sequence)*.085), 1.8*n
     fig, axs = plt.subplots(n, 1, figsize=size, sharex=True, layout='constrained', squeeze=False)
@@ -1127,8 +1127,9 @@ def plot_profile(
 def plot_heatmap(
     reacts:list, # one (l m) array per sequence, drawn top to bottom
     title:str='',
-)->plt.Figure:
+):  # matplotlib's Figure
     "Profiles of many sequences as two heat maps, 2A3 above DMS, grey where not measured"
+    import matplotlib.pyplot as plt
     if not len(reacts): raise ValueError('no profiles to draw')
     width = max(len(r) for r in reacts)
     img = np.full((2, len(reacts), width), np.nan)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scan', 'decay_matrix', 'in_precision', 'ssd_dense', 'chunk_memories', 'read_memory', 'cut_into_chunks', 'ssd_chunked',
-           'ssd_official', 'ssd', 'BiMixer', 'MultiScale', 'FusedMixer', 'MambaLayer', 'RibonanzaMamba']
+           'ssd_official', 'ssd', 'Walks', 'BiMixer', 'MultiScale', 'FusedMixer', 'MambaLayer', 'RibonanzaMamba']
 
 # %% ../nbs/03_mamba.ipynb #65721398
 import torch
@@ -165,7 +165,6 @@ def ssd_official(x: Tensor, left: tuple, right: tuple, kernel=official_scan) -> 
         return (walk(y, *left) + backwards - itself).to(x.dtype)
 
 # %% ../nbs/03_mamba.ipynb #e6a92548
-@torch.compiler.disable  # it would compile anew for each number of chunks
 def ssd(x: Tensor, left: tuple, right: tuple) -> Tensor:
     "Both walks, in whichever form is fastest here and at this length; arguments as `ssd_dense`"
     if x.is_cuda and official_scan: return ssd_official(x, left, right)
@@ -173,6 +172,12 @@ def ssd(x: Tensor, left: tuple, right: tuple) -> Tensor:
     return ssd_chunked(x, left, right)
 
 # %% ../nbs/03_mamba.ipynb #6a76ad49
+class Walks(nn.Module):
+    "`ssd` as a module, which torch.compile can pass by: it would compile anew for each number of chunks"
+    def forward(self, x: Tensor, left: tuple, right: tuple) -> Tensor:
+        return ssd(x, left, right)
+
+
 class BiMixer(nn.Module):
     "Two selective walks and the base pairs"
     def __init__(self, d_model: int, n_head: int, d_state: int, kernel_size: int):
@@ -182,6 +187,7 @@ class BiMixer(nn.Module):
         self.n_head = n_head
         n_value = d_model + 4*d_state  # value, and B and C of both walks
         self.split = n_value, d_model, 2*n_head  # …; gate; both steps
+        self.walks = Walks()
         self.up = nn.Linear(d_model, sum(self.split))
         self.down = nn.Linear(d_model, d_model)
         self.norm = nn.LayerNorm(d_model)
@@ -211,7 +217,7 @@ class BiMixer(nn.Module):
         a, a2 = (-step*self.log_rate.exp()).chunk(2, -1)
         step, step2 = step.chunk(2, -1)
         v = rearrange(v, 'b l (h k) -> b l h k', h=self.n_head)
-        y = ssd(v, (a, step, B, C), (a2, step2, B2, C2))
+        y = self.walks(v, (a, step, B, C), (a2, step2, B2, C2))
         return rearrange(y, 'b l h k -> b l (h k)')
 
 # %% ../nbs/03_mamba.ipynb #fd976366

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .mamba import FusedMixer
@@ -136,7 +135,8 @@ def mask_views(mask: Tensor) -> tuple:  # real (b l), closed (b 1 1 j), pair (b 
     "How a mask enters: into the sequence track, into attention, into the pair track"
     real = mask.float()
     closed = (real == 0)[:, None, None]
-    is_fake = isinstance(mask, FakeTensor)
+    # A FakeTensor has a shape and no content.
+    is_fake = type(mask) is not Tensor
     is_recorded = mask.is_cuda and torch.cuda.is_current_stream_capturing()
     if not (is_fake or is_recorded) and bool(mask.bool().all()):
         return real, closed, None

@@ -242,7 +242,6 @@ class DepthwiseConv(nn.Conv1d):
     def __init__(self, d_model: int, kernel_size: int, bias: bool = True):
         super().__init__(d_model, d_model, kernel_size, padding='same', groups=d_model, bias=bias)
 
-    @torch.compiler.disable  # it would make a convolution anew for each length
     def forward(self, x: Tensor) -> Tensor:  # b l d
         x = rearrange(x, 'b l d -> b d 1 l')
         # oneDNN never returns from a convolution of 16 channels in bf16.

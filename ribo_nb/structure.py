@@ -8,9 +8,7 @@ __all__ = ['dot_bracket', 'partners', 'crossed', 'agreement', 'layout', 'place_n
 
 # %% ../nbs/01b_structure.ipynb #9aa64858
 import base64,html,io,re,numpy as np,pandas as pd
-import matplotlib.pyplot as plt,seaborn as sns
 from pathlib import Path
-from matplotlib.collections import LineCollection
 from .data import *
 from .bpp import *
 
@@ -141,8 +139,9 @@ def plot_structure(
     title:str='',
     label:str='2A3 reactivity', # of the colours
     ax=None,
-)->plt.Axes:
+):  # matplotlib's Axes
     "Secondary-structure drawing, nucleotides coloured by reactivity"
+    import matplotlib.pyplot as plt
     p,n = partners(structure),len(sequence)
     nested = ''.join(c if c in '().' else '.' for c in structure)
     xy = layout(nested)
@@ -157,6 +156,7 @@ def plot_structure(
     else: ax.set_title(wrapped(title, ax.get_position().width*ax.figure.get_figwidth()), fontsize=10)
     ax.plot(*xy.T, color='.75', lw=1, zorder=1)
     i = np.flatnonzero(p > np.arange(n))
+    from matplotlib.collections import LineCollection
     ax.add_collection(LineCollection(np.stack([xy[i], xy[p[i]]], 1), colors='#30507a', lw=1, zorder=1))
     cmap = plt.get_cmap('YlOrRd').with_extremes(bad='.9')
     size = (step*72*.82)**2
@@ -192,8 +192,9 @@ def plot_band(
     structure:str='', # dot-bracket, written beneath
     title:str='',
     label:str='80 % interval', # what the band is
-)->plt.Figure:
+):  # matplotlib's Figure
     "Predicted profile with its interval, measured values behind it, one panel per modifier"
+    import matplotlib.pyplot as plt
     n,x = len(sequence),np.arange(1, len(sequence)+1)
     fig,axs = plt.subplots(2, 1, figsize=(max(6, n*.085), 3.8), sharex=True, layout='constrained')
     for m,(mod,ax) in enumerate(zip(MODS, axs, strict=True)):
@@ -202,7 +203,7 @@ def plot_band(
             for a,z in _runs(gone): ax.axvspan(a + .5, z + .5, color='.93', lw=0, zorder=0, label='never learnt' if not a else '_')
         if low is not None: ax.fill_between(x, np.asarray(low)[:,m], np.asarray(high)[:,m], step='mid', color=COLORS[mod], alpha=.25, lw=0, label=label)
         ax.step(x, np.asarray(pred)[:,m], where='mid', color=COLORS[mod], lw=1.3, label='predicted')
-        ax.set(ylabel=f'{mod} reactivity', ylim=(-.05, 1.3), yticks=(0, .5, 1), xlim=(.3, n+.7)); ax.tick_params(axis='x', length=0); sns.despine(ax=ax)
+        ax.set(ylabel=f'{mod} reactivity', ylim=(-.05, 1.3), yticks=(0, .5, 1), xlim=(.3, n+.7)); ax.tick_params(axis='x', length=0); ax.spines[['top','right']].set_visible(False)
     axs[0].set_title(wrapped(title, fig.get_figwidth()), fontsize=10)
     axs[0].legend(framealpha=.8, edgecolor='none', fontsize=8, ncols=4, loc='upper right')
     text = [f'{c}\n{d}' for c,d in zip(sequence, structure, strict=True)] if structure else list(sequence)
@@ -236,8 +237,9 @@ def plot_mutate_map(
     sequence:str,
     preds:list, # one (l m) array per row of `mutants`
     title:str='',
-)->plt.Figure:
+):  # matplotlib's Figure
     "Change of reactivity with each mutation, 2A3 and DMS; the mutated position is the diagonal"
+    import matplotlib.pyplot as plt
     if len(preds) < 2: raise ValueError('no mutants to draw')
     change = np.stack(preds[1:]) - preds[0]
     fig,axs = plt.subplots(1, 2, figsize=(9, 4.6), layout='constrained', sharey=True)
@@ -269,6 +271,7 @@ def write_report(
         if isinstance(what, Path): return picture(what.read_bytes())
         if isinstance(what, str): return f'<pre>{html.escape(what)}</pre>' if '\n' in what else f'<p>{html.escape(what)}</p>'
         buffer = io.BytesIO()
+        import matplotlib.pyplot as plt
         what.savefig(buffer, dpi=110); plt.close(what)
         return picture(buffer.getvalue())
     with atomic(path) as tmp, open(tmp, 'w', encoding='utf-8') as f:
