@@ -14,8 +14,6 @@ import json
 import mmap
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -817,14 +815,17 @@ def export_raw(
     return n_profile
 
 # %% ../nbs/00c_convert.ipynb #47254143
-def kaggle_raw()->Path:
-    "The competition's train_data.csv: where Kaggle has mounted it, else downloaded into datamount/raw"
-    here = next(Path(os.environ.get('RIBO_KAGGLE_ROOT', '/kaggle'), 'input').rglob('train_data.csv'), None)
+def kaggle_raw(
+    fetch=None,  # function that downloads it and returns its path
+) -> Path:
+    "The competition's train_data.csv: where Kaggle has mounted it, else what `fetch` downloads"
+    mounted = Path(os.environ.get('RIBO_KAGGLE_ROOT', '/kaggle'), 'input')
+    here = next(mounted.rglob('train_data.csv'), None)
     if here: return here
-    out = datamount()/'raw'
-    r = subprocess.run([sys.executable, '-m', 'ribo_nb.kaggle', 'download', '--out', out])  # the client logs in by being imported: not here
-    if r.returncode: raise ValueError(f"{out/'train_data.csv'}: was not downloaded, for the reason above")
-    return out/'train_data.csv'
+    if fetch is None:
+        raise ValueError(f'{mounted}: holds no train_data.csv: run `ribo_kaggle download`, then '
+                         '`ribo_data datamount/raw/train_data.csv`')
+    return fetch()
 
 # %% ../nbs/00c_convert.ipynb #c85c6f82
 def _check_own(out, raw, sample):
@@ -939,7 +940,8 @@ def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout, skip
     if out:
         store_target(out)
     if kaggle:
-        raw = kaggle_raw()
+        # A later room knows how to download; whoever starts the command hands it in.
+        raw = kaggle_raw(click.get_current_context().obj)
     if n_sim:
         raw = simulated_raw(n_sim, seed)
     if not out:

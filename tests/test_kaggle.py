@@ -314,9 +314,9 @@ def test_ribo_data_fetches_or_finds(stub, mount, tmp_path):
     shutil.move(stub.project/'datamount'/'raw'/'train_data.csv', tmp_path/'k'/'input'/'competitions'/'x'/'train_data.csv')
     before = len(stub.seen)
     os.environ['RIBO_KAGGLE_ROOT'] = str(tmp_path/'k')
-    try: assert invoke('ribo_data', '--kaggle', '--out', tmp_path/'t.parquet').exit_code == 0
+    try: assert invoke('ribo_data', '--kaggle', '--out', tmp_path/'t.arrow').exit_code == 0
     finally: del os.environ['RIBO_KAGGLE_ROOT']
-    assert len(stub.seen) == before and (tmp_path/'t.parquet').exists()
+    assert len(stub.seen) == before and (tmp_path/'t.arrow').exists()
 
 def test_accounts(stub, monkeypatch):
     "No account, a wrong token, a token, a new major version of the client"
@@ -446,7 +446,7 @@ def test_kernel_that_predicts(stub, mount, image, tmp_path):
     run = tmp_path/'k'/'input'/'ribo-nb-cfg-demo'
     r = invoke('ribo_train', 'cfg_demo', '--data', mount/'store.arrow', '--bpp', mount/'bpp', '--run', run/'run', '--overrides', TINY)
     assert r.exit_code == 0, r.output
-    (run/'ribo.json').write_text(json.dumps(dict(ribo_kaggle=1, nonce='n', run=state['run'], step=1, finished=True)))
+    (run/'ribo.json').write_text(json.dumps(dict(ribo_kaggle=1, nonce='n', run=state['spec']['run'], step=1, finished=True)))
     r = kaggle('push', '--infer', 'cfg_demo', '--wheel', stub.extra, '--accelerator', 'none')
     assert r.exit_code == 0, r.output
     k, = stub.kernels['someone/ribo-nb-infer']
