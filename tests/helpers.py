@@ -22,8 +22,8 @@ def start(*args, cwd=ROOT):
 def invoke(name, *args):
     "The same command in this process, which saves its start-up → click's Result"
     from click.testing import CliRunner
-    import ribo_nb.bpp_store,ribo_nb.convert,ribo_nb.infer,ribo_nb.kaggle,ribo_nb.score,ribo_nb.train
+    import ribo_nb.bpp_store,ribo_nb.convert,ribo_nb.data_command,ribo_nb.infer,ribo_nb.kaggle,ribo_nb.score,ribo_nb.train
     command = next(getattr(m, name) for m in (ribo_nb.convert, ribo_nb.bpp_store, ribo_nb.train, ribo_nb.infer, ribo_nb.score, ribo_nb.kaggle) if hasattr(m, name))
     # As the console script does: ribo_data is handed the download of a later room.
-    handed = ribo_nb.kaggle.fetch_tables if name == 'ribo_data' else None
+    handed = ribo_nb.data_command.fetch_tables if name == 'ribo_data' else None
     return CliRunner().invoke(command, [str(a) for a in args], obj=handed)
