@@ -139,7 +139,7 @@ def patiently(
         reason = why.get(code, f'Kaggle has trouble [{code}]: run the same command later')
         raise ValueError(f'{what}: {reason} ({error})') from error
 
-
+# %% ../nbs/06_kaggle.ipynb #c2eb1e7e
 def or_absent(call, *args):
     "The answer; None where Kaggle says 403 or 404, as it does for what is not there"
     from requests import HTTPError
@@ -324,7 +324,7 @@ def train_session(spec: dict, cards: list, hours: float, root: Path, show) -> di
     metrics = launch(cfg, len(cards), *where) if len(cards) > 1 else train_run(cfg, *where)
     return dict(step=last_step(run), finished=bool(metrics.get('finished')))
 
-
+# %% ../nbs/06_kaggle.ipynb #5ecb795d
 def infer_session(spec: dict, cards: list, hours: float, root: Path) -> dict:  # of ribo.json
     "Predict the test set with the runs that are attached"
     runs = []
@@ -370,7 +370,7 @@ def new_spec(name, cfg, overrides='{}', hours=11.5, gpu=True, infer=None) -> dic
                 hours=hours, gpu=gpu, infer=infer, run=uuid.uuid4().hex[:12], step=None,
                 nonce=uuid.uuid4().hex)
 
-
+# %% ../nbs/06_kaggle.ipynb #93b4b921
 def kernel_notebook(spec: dict) -> dict:
     "A notebook in four cells"
     cells = [f'''# run {spec['run']}, push {spec['nonce']}: what this machine has
@@ -415,7 +415,7 @@ def write_kernel(folder: Path, spec: dict, order: dict, datasets: list, competit
     (folder/'kernel-metadata.json').write_text(json.dumps(meta, indent=1))
     return folder
 
-
+# %% ../nbs/06_kaggle.ipynb #2504fce5
 def write_dataset(folder: Path, user: str, title: str, files: list) -> Path:
     "dataset-metadata.json beside links to the files"
     shutil.rmtree(folder, ignore_errors=True)
@@ -540,7 +540,7 @@ def prepare(spec: dict, order: dict) -> tuple:  # spec, kernel folder, dataset f
     competition = spec['infer'] is not None or not order['data']
     return spec, write_kernel(place/'kernel', spec, order, refs, competition), sets
 
-
+# %% ../nbs/06_kaggle.ipynb #90489478
 def send(api, spec: dict, order: dict) -> str:  # what happened
     "Upload what changed, start the kernel, remember it"
     spec, kernel, sets = prepare(spec, order)
@@ -665,7 +665,7 @@ def check_place(folder: Path, result: dict):
         raise ValueError(f"{folder}: is at step {last_step(folder)}, further than Kaggle's "
                          f"{result['step']}: name another folder with --run")
 
-
+# %% ../nbs/06_kaggle.ipynb #ef2f83c6
 def pull(api, state: dict, folder=None) -> Path:  # default: datamount/runs/NAME
     "Fetch the newest version's output into a run folder, all files or none"
     folder = Path(folder or datamount()/'runs'/state['spec']['name'])
@@ -710,7 +710,7 @@ def file_sizes(api, names) -> dict:  # file → bytes, at least of these if they
         token = page.next_page_token
         if not token or set(names) <= set(sizes): return sizes
 
-
+# %% ../nbs/06_kaggle.ipynb #335ff506
 def download_one(api, folder: Path, name: str, size: int):
     "One file, unpacked if it came as a zip, at its place when it is whole"
     part = folder/'.part'/Path(name).name

@@ -32,7 +32,7 @@ def test_runtime_needs_no_development_package():
     r = subprocess.run([str(BIN/'python'), '-c', code], cwd=ROOT, env=env(), capture_output=True, text=True)
     assert r.stdout.strip() == '[]', r.stdout + r.stderr
 
-@pytest.mark.parametrize('name', ['data','bpp','bpp_store','structure','squeezeformer','seed32','mamba','ribonanzanet','train','infer','score','kaggle'])
+@pytest.mark.parametrize('name', ['data','bpp','bpp_store','structure','squeezeformer','seed32','mamba','ribonanzanet','train','infer','score','kaggle','data_command'])
 def test_module_defines_every_name_it_uses(name):
     "A notebook can hide a missing import, because its lessons import more than it exports"
     m = importlib.import_module(f'ribo_nb.{name}')
