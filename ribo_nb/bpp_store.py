@@ -6,7 +6,7 @@
 __all__ = ['PAIR', 'BPP_VERSION', 'FILE_NAME', 'pack', 'unpack', 'sparse', 'sequence_hash', 'record_crc', 'database_errors',
            'connect', 'Database', 'select', 'insert', 'fold_piece', 'cut_pieces', 'fold_pieces', 'dense',
            'whole_records', 'repair', 'copy_records', 'records_of_version_2', 'open_database', 'store_key',
-           'store_folder', 'BppStore', 'fill_until_sigterm', 'ribo_bpp']
+           'store_folder', 'BppStore', 'fill_until_sigterm', 'mend_store']
 
 # %% ../nbs/01a_bpp_store.ipynb #be4cdc56
 import hashlib
@@ -29,8 +29,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bpp import Engine, Native, engine, engines, is_fasta, list_engines, read_sequences
-from .data import LeftOut, as_rna, command, datamount, progress, shown
+from .bpp import Engine, Native
+from .data import as_rna, progress, shown
 
 # %% ../nbs/01a_bpp_store.ipynb #73188eb5
 PAIR = np.dtype([('gap', 'u1'), ('p', '<f2')])
@@ -466,49 +466,9 @@ def fill_until_sigterm(bpps: BppStore, sequences: list, jobs: int, skip_bad: boo
         signal.signal(signal.SIGTERM, before)
 
 
-@command()
-@click.argument('table', required=False, type=click.Path(path_type=Path))
-@click.option('--out', type=click.Path(path_type=Path), help='Folder of the BPP store.  [default: datamount/bpp]')
-@click.option('--engine', 'name', default='native', type=click.Choice(list(engines)), help='Folding engine.')
-@click.option('--params', type=click.Path(path_type=Path),
-              help="Parameter file in the engine's own format, or `eternafold`; for kaggle the folder of the text "
-                   "files.  [default: the engine's]")
-@click.option('--threshold', default=1e-3, type=click.FloatRange(0, 1, max_open=True),
-              help='Smallest probability kept.')
-@click.option('--jobs', default=-1, type=click.IntRange(-1), help='Workers; -1 is one per core.')
-@click.option('--engines', 'show', is_flag=True,
-              help='List the engines: version, licence, where found or how to install.')
-@click.option('--repair', 'mend', is_flag=True,
-              help='First drop the damaged records of the store; they are folded again.')
-@click.option('--skip-bad', is_flag=True,
-              help='Leave out what is no RNA or cannot be folded, instead of stopping, and list it in '
-                   'OUT/TABLE.skipped.csv.')
-def ribo_bpp(table, out, name, params, threshold, jobs, show, mend, skip_bad):
-    """Fold every sequence of TABLE that the BPP store lacks.
-
-    TABLE is FASTA, a store, or any CSV or Parquet with a column `sequence`."""
-    if show:
-        click.echo(list_engines().to_string())
-        return
-    if not jobs:
-        raise click.BadParameter('0 workers fold nothing: 1 or more, or -1 for one per core', param_hint='--jobs')
-    if table is None:
-        raise click.UsageError('Give TABLE, whose sequences are to be folded, or --engines.')
-    out = out or datamount()/'bpp'
-    left_out = LeftOut(table, skip_bad, 'record' if is_fasta(table) else 'row')
-    sequences = read_sequences(table, left_out)
-    eng = engine(name, params)
+def mend_store(out, eng: Engine, threshold: float):
+    "Drop the damaged records of a BPP store, if it is there, and say how many are left"
     folder = store_folder(out, eng, threshold)
-    if mend and (folder/FILE_NAME).exists():
-        n_whole = repair(folder, store_key(eng, threshold))
-        click.echo(f'{shown(folder)}: {n_whole} records are whole, all others dropped')
-    bpps = BppStore(out, eng, threshold)
-    n_todo = len(bpps.missing(sequences))
-    fill_until_sigterm(bpps, sequences, jobs, skip_bad)
-    for sequence, why in bpps.failed.items():
-        left_out.add('', sequence, why)
-    click.echo(f'{shown(bpps.folder)}: {n_todo - len(bpps.failed)} sequences folded, {len(sequences) - n_todo} were '
-               f'there')
-    text = left_out.report(out/table.name)
-    if text:
-        click.echo(text, err=True)
+    if not (folder/FILE_NAME).exists(): return
+    n_whole = repair(folder, store_key(eng, threshold))
+    click.echo(f'{shown(folder)}: {n_whole} records are whole, all others dropped')

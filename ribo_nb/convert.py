@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'raw_columns', 'read_raw', 'pair_profiles', 'gather_values', 'gather_ids', 'Spool', 'as_letters',
            'store_blocks', 'row_families', 'add_qualities', 'read_and_pair', 'write_store', 'RdatConstruct',
            'read_rdat', 'is_rdat', 'rdat_as_raw', 'convert_old_store', 'old_block', 'raw_rows', 'export_raw',
-           'kaggle_raw', 'convert_table', 'export_command', 'refuse_options', 'simulated_raw', 'describe', 'ribo_data']
+           'kaggle_raw', 'check_own', 'convert_table', 'export_command', 'refuse_options', 'simulated_raw', 'describe']
 
 # %% ../nbs/00c_convert.ipynb #170c3d96
 import hashlib
@@ -14,8 +14,6 @@ import json
 import mmap
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,10 +31,9 @@ from numba import njit
 
 from .data import (
     FLANK3, FLANK5, MODS, NTS, PROFILES, LeftOut, Store, _ids, ahead, as_numbers,
-    as_text, atomic, check_columns, check_target, command, datamount, decode, encode, is_old_store,
-    is_store, measured_mods, progress, readable, sequence_id, sha256, simulate, store_meta,
-    store_schema, store_target, table_batches, table_name, wide_columns, writable, write_blocks,
-    write_holdout)
+    as_text, atomic, check_columns, check_target, datamount, decode, encode, is_old_store,
+    measured_mods, progress, readable, sequence_id, sha256, simulate, store_meta,
+    store_schema, store_target, table_batches, wide_columns, writable, write_blocks)
 from .families import assign_folds, families, length_folds, without_constant_ends
 
 # %% ../nbs/00c_convert.ipynb #20eebbed
@@ -817,17 +814,20 @@ def export_raw(
     return n_profile
 
 # %% ../nbs/00c_convert.ipynb #47254143
-def kaggle_raw()->Path:
-    "The competition's train_data.csv: where Kaggle has mounted it, else downloaded into datamount/raw"
-    here = next(Path(os.environ.get('RIBO_KAGGLE_ROOT', '/kaggle'), 'input').rglob('train_data.csv'), None)
+def kaggle_raw(
+    fetch=None,  # function that downloads it and returns its path
+) -> Path:
+    "The competition's train_data.csv: where Kaggle has mounted it, else what `fetch` downloads"
+    mounted = Path(os.environ.get('RIBO_KAGGLE_ROOT', '/kaggle'), 'input')
+    here = next(mounted.rglob('train_data.csv'), None)
     if here: return here
-    out = datamount()/'raw'
-    r = subprocess.run([sys.executable, '-m', 'ribo_nb.kaggle', 'download', '--out', out])  # the client logs in by being imported: not here
-    if r.returncode: raise ValueError(f"{out/'train_data.csv'}: was not downloaded, for the reason above")
-    return out/'train_data.csv'
+    if fetch is None:
+        raise ValueError(f'{mounted}: holds no train_data.csv: run `ribo_kaggle download`, then '
+                         '`ribo_data datamount/raw/train_data.csv`')
+    return fetch()
 
 # %% ../nbs/00c_convert.ipynb #c85c6f82
-def _check_own(out, raw, sample):
+def check_own(out, raw, sample):
     "ValueError when the file that is written by default holds the store of another table"
     if not out.exists() or not raw.is_file():
         return
@@ -896,65 +896,3 @@ def describe(out, rows: pd.DataFrame):
     if len(there) == 1:
         gone = MODS[1 - MODS.index(there[0])]
         click.echo(f'{out}: has no {gone} profile: only {there[0]} can be learnt from it and scored')
-
-# %% ../nbs/00c_convert.ipynb #35c144a2
-@command()
-@click.argument('raw', required=False, type=click.Path(path_type=Path))
-@click.option('--out', type=click.Path(path_type=Path),
-              help='Store to write (NAME.arrow), or of a store the raw table (.parquet, .csv).'
-                   '  [default: datamount/parquet/NAME.arrow]')
-@click.option('--simulate', 'n_sim', type=click.IntRange(1),
-              help='No RAW? Simulate this many sequences and write their raw table first.')
-@click.option('--kaggle', is_flag=True,
-              help="No RAW? Download the competition's files (what is missing of them), or use "
-                   "/kaggle/input.")
-@click.option('--sample', type=click.IntRange(1),
-              help='Keep only this many sequences, drawn at random (all their measurements).')
-@click.option('--folds', default=4, type=click.IntRange(2),
-              help='Cross-validation folds; families of similar sequences stay together.')
-@click.option('--split', default='family', type=click.Choice(SPLITS),
-              help='Folds by family, or by length: the longest are fold 0, all others fold 1.')
-@click.option('--seed', default=0, type=click.IntRange(0),
-              help='Of the simulation, the sample and the folds.')
-@click.option('--holdout', type=click.Path(path_type=Path),
-              help="Also write fold 0 as Kaggle's test_sequences.csv and solution.parquet into "
-                   "this folder.")
-@click.option('--skip-bad', is_flag=True,
-              help='Leave out rows that are wrong, instead of stopping at the first, and list '
-                   'them in OUT.skipped.csv.')
-def ribo_data(raw, out, n_sim, kaggle, sample, folds, split, seed, holdout, skip_bad):
-    """Turn RAW, a table of reactivity profiles, into a store.
-
-    RAW is in Kaggle's wide format (CSV, also packed, or Parquet) or an RDAT file. A store of
-    version 1 (Parquet) is converted as it is. A store of today (.arrow) is written as a raw table
-    again."""
-    if (raw is not None) + (n_sim is not None) + kaggle != 1:
-        raise click.UsageError('Give either RAW, a table to convert, or --kaggle, or --simulate N.')
-    if holdout and holdout.is_file():
-        raise click.BadParameter(f'{holdout}: is a file, expected a folder', param_hint='--holdout')
-    fixed = 'sample', 'folds', 'split', 'seed', 'skip_bad'
-    if raw and is_store(raw):
-        refuse_options(raw, 'a store', (*fixed, 'holdout'))
-        return export_command(raw, out)
-    if out:
-        store_target(out)
-    if kaggle:
-        raw = kaggle_raw()
-    if n_sim:
-        raw = simulated_raw(n_sim, seed)
-    if not out:
-        out = datamount()/'parquet'/f'{table_name(raw)}.arrow'
-        if not n_sim:
-            _check_own(out, raw, sample)
-    left_out = LeftOut(raw, skip_bad)
-    if is_old_store(raw):
-        refuse_options(raw, 'a store of version 1', fixed)
-        rows = convert_old_store(raw, out)
-    else:
-        rows = convert_table(raw, out, folds, seed, sample, split, left_out)
-    if text := left_out.report(out):
-        click.echo(text, err=True)
-    describe(out, rows)
-    if holdout:
-        n = write_holdout(Store(out), 0, holdout)
-        click.echo(f'{holdout}: fold 0 as a test set, {n} positions')

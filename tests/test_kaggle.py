@@ -340,6 +340,36 @@ def test_plain_client_pushes_the_same_folder(stub):
     a,b = stub.kernels['someone/ribo-nb-cfg-demo']
     assert a == b
 
+@pytest.mark.parametrize('damage', ['{"ribo_kaggle": 1', '[]', '{}', '{"ribo_kaggle": 2}'])
+def test_a_damaged_result_is_named(tmp_path, damage):
+    (tmp_path/'ribo.json').write_text(damage)
+    with pytest.raises(ValueError, match='ribo.json: is no version-1 result'):
+        K.read_result(tmp_path/'ribo.json')
+
+@pytest.mark.parametrize('change', [lambda state: '{', lambda state: '[1]',
+                                    lambda state: json.dumps({k: v for k, v in state.items() if k != 'order'})])
+def test_a_record_that_is_damaged_or_of_an_earlier_version_is_named(stub, change):
+    "Records in datamount/kaggle once lacked `order`: the message says what to do, and a push begins anew"
+    push(stub)
+    record = stub.project/'datamount'/'kaggle'/'cfg_demo.json'
+    record.write_text(change(json.loads(record.read_text())))
+    for words in (['continue', 'cfg_demo'], ['status', 'cfg_demo'], ['pull', 'cfg_demo']):
+        r = kaggle(*words)
+        assert r.exit_code == 1 and 'cfg_demo.json: is damaged, or of an earlier version' in r.output, r.output
+        assert 'delete it' in r.output and isinstance(r.exception, SystemExit)
+    assert 'delete it' in push(stub, ok=False)
+    record.unlink()
+    push(stub)
+    assert len(stub.kernels['someone/ribo-nb-cfg-demo']) == 2
+
+def test_a_dataset_record_of_an_earlier_version_is_used(stub):
+    "It had a key more; what did not change is not sent again"
+    push(stub)
+    record = stub.project/'datamount'/'kaggle'/'someone-ribo-nb-code.json'
+    record.write_text(json.dumps(dict(version=1) | json.loads(record.read_text())))
+    push(stub, '--force')
+    assert [len(v) for v in stub.datasets.values()] == [1]
+
 # the kernel itself
 
 def _needed(names):
@@ -446,7 +476,7 @@ def test_kernel_that_predicts(stub, mount, image, tmp_path):
     run = tmp_path/'k'/'input'/'ribo-nb-cfg-demo'
     r = invoke('ribo_train', 'cfg_demo', '--data', mount/'store.arrow', '--bpp', mount/'bpp', '--run', run/'run', '--overrides', TINY)
     assert r.exit_code == 0, r.output
-    (run/'ribo.json').write_text(json.dumps(dict(ribo_kaggle=1, nonce='n', run=state['run'], step=1, finished=True)))
+    (run/'ribo.json').write_text(json.dumps(dict(ribo_kaggle=1, nonce='n', run=state['spec']['run'], step=1, finished=True)))
     r = kaggle('push', '--infer', 'cfg_demo', '--wheel', stub.extra, '--accelerator', 'none')
     assert r.exit_code == 0, r.output
     k, = stub.kernels['someone/ribo-nb-infer']

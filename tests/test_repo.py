@@ -1,5 +1,5 @@
 "The house itself."
-import builtins,configparser,dis,importlib,subprocess,types
+import builtins,configparser,dis,importlib,json,subprocess,types
 import pytest
 from helpers import BIN,ROOT,env,invoke
 
@@ -48,3 +48,24 @@ def test_module_defines_every_name_it_uses(name):
             if isinstance(c, types.CodeType): yield from names(c)
     with open(m.__file__) as f: code = compile(f.read(), m.__file__, 'exec')
     assert {n for n in names(code) if not hasattr(m, n) and not hasattr(builtins, n)} == set()
+
+
+@pytest.mark.parametrize('line,says', [
+    ('def f():\n    import ribo_nb.kaggle', 'imports ribo_nb.kaggle'),
+    ('def f():\n    from ribo_nb import data, train', 'imports ribo_nb.train'),
+    ("run([sys.executable, '-m', 'ribo_nb.kaggle', 'download'])", 'starts ribo_nb.kaggle'),
+    ("run('python -m ribo_nb.kaggle download', shell=True)", 'starts ribo_nb.kaggle'),
+    ("run(['ribo_kaggle', 'download'])", 'starts ribo_nb.kaggle'),
+    ("importlib.import_module('ribo_nb.train')", 'starts ribo_nb.train'),
+    ("'from ribo_nb.kaggle import x'; '`ribo_kaggle download` fetches it'", ''),
+    ("run([sys.executable, '-m', 'ribo_nb.convert'])", ''),
+])
+def test_hidden_arrows_are_found(tmp_path, line, says):
+    "Imports inside functions, and strings that load or start a later room; a message may name one"
+    subprocess.run(['cp', '-r', str(ROOT/'.ci'), str(ROOT/'settings.ini'), str(tmp_path)], check=True)
+    (tmp_path/'nbs').mkdir()
+    for name in ('00_data', '00c_convert', '04_train', '06_kaggle'):
+        cell = dict(cell_type='code', source=[line if name == '00c_convert' else ''])
+        (tmp_path/'nbs'/f'{name}.ipynb').write_text(json.dumps(dict(cells=[cell])))
+    r = subprocess.run([str(BIN/'python'), '.ci/no_back_edges.py'], cwd=tmp_path, env=env(), capture_output=True, text=True)
+    assert r.returncode == bool(says) and says in r.stderr, r.stderr
