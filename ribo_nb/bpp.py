@@ -707,7 +707,7 @@ class Vienna(Engine):
         self.pairs('GGGAAAACCC')
 
     def pairs(self, sequence, threshold=0.):
-        fc = vienna_compound(sequence, self.text)
+        fc = vienna_compound(sequence, self.text, for_sums=True)
         if fc.length < 5: return NO_PAIRS
         if fc.length > 1000 or not sums_fit(fc):
             fold_with_scale(fc)
@@ -746,6 +746,8 @@ def sums_fit(
     "Compute pair probabilities; has no sum over structures that matters left a double's range?"
     fc.exp_params_rescale(*energy)
     total = fc.pf()[1]
+    if not energy:
+        fc.params_subst(fc.own_energies)
     # ViennaRNA's answers to an overflow are inf, NaN and +100000 kcal/mol
     if not total < 1e4: return False
     sums = triangle(fc.exp_matrices.q, fc.length)[1:]
@@ -768,6 +770,7 @@ def best_structure_agrees(fc, total: float) -> bool:
 
 def fold_with_scale(fc):
     "Compute pair probabilities with a factor from the minimum free energy; ValueError when none fits"
+    fc.params_subst(fc.own_energies)
     energy = fc.mfe()[1]
     if not any(sums_fit(fc, share*energy) for share in (1, .93, .86, 1.07)):
         raise ValueError(f"ViennaRNA's sums over the structures of {fc.sequence[:20]}… ({fc.length} nt) span more "

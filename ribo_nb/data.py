@@ -362,12 +362,16 @@ def _vienna_energies(
 def vienna_compound(
     sequence:str,
     params:str='', # text of a .par file; default: Turner 2004
+    for_sums:bool=False, # is `pf` called before anything else?
     **details, # ViennaRNA's model details that differ from its defaults
-): # RNA.fold_compound; before `pf` call its `exp_params_rescale`, or ViennaRNA takes the process's parameters again
-    "A sequence ready to be folded by ViennaRNA"
+): # RNA.fold_compound, with an attribute `own_energies`
+    "A sequence ready to be folded by ViennaRNA; call `mfe` or, with `for_sums`, `exp_params_rescale` and `pf` first"
+    # Where both sets are handed over, a `pf` that comes first makes its factors anew, from what the process has
+    # loaded (2.7.2). So energies follow after it: fc.params_subst(fc.own_energies).
     md,energies,factors = _vienna_energies(params, tuple(details.items()))
     fc = vienna().fold_compound(as_rna(sequence), md)
-    fc.params_subst(energies)
+    fc.own_energies = energies
+    if not for_sums: fc.params_subst(energies)
     fc.exp_params_subst(factors)
     return fc
 

@@ -228,6 +228,6 @@ def test_readme_installs_before_its_first_command():
     assert commands == ['make', 'printf', 'ribo_infer'] and first.startswith('make install && . .venv/bin/activate')
     assert readme.index('```sh') < readme.index('ribo_infer')
     assert 'pip install ribo_nb-0.1.0-py3-none-any.whl' in readme
-    demo = run('make', '-n', 'demo', cwd=ROOT).stdout.strip().splitlines()
+    demo = run('make', '--no-print-directory', '-n', 'demo', cwd=ROOT).stdout.strip().splitlines()
     assert demo[-1].startswith('echo "open datamount/runs/cfg_demo/report.html')
     assert '--report datamount/runs/cfg_demo/report.html' in demo[-2]

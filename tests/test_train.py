@@ -96,7 +96,7 @@ def test_command_stops_with_its_own_exit_code(mount, tmp_path):
     p = start(*run(mount, tmp_path, overrides=o)); until(p, tmp_path)
     r = invoke(*run(mount, tmp_path, overrides=o))  # a second start of the same folder
     assert r.exit_code == 1 and 'trains here already' in r.output
-    assert 'sequences/s' in invoke('ribo_train', '--watch', tmp_path).output or 'nothing logged' in invoke('ribo_train', '--watch', tmp_path).output
+    assert 'sequences/s' in invoke('ribo_train', '--watch', tmp_path).output or 'no loss logged yet' in invoke('ribo_train', '--watch', tmp_path).output
     assert 'saves after its step and stops' in invoke('ribo_train', '--stop', tmp_path).output
     err = p.communicate(timeout=60)[1]
     assert p.returncode == STOPPED and 'start the same run again' in err and not is_training(tmp_path)
