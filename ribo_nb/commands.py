@@ -4,9 +4,13 @@
 
 # %% auto #0
 __all__ = ['PATH', 'DATA_HELP', 'RUN_HELP', 'OVERRIDES_HELP', 'fetch_tables', 'ribo_data', 'convert_command', 'ribo_bpp',
-           'fold_command', 'ribo_train', 'train_command', 'folds_of', 'train_all', 'print_run']
+           'fold_command', 'ribo_train', 'train_command', 'folds_of', 'train_all', 'print_run', 'shard_option',
+           'ribo_infer', 'infer_command', 'pseudo_command', 'merge_command', 'ribo_score', 'compare_command',
+           'fit_command', 'check_command', 'score_command']
 
-# %% ../nbs/10_commands.ipynb #abefc4be
+# %% ../nbs/10_commands.ipynb #0ced72d2
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +20,8 @@ import pandas as pd
 from .bpp import engine, engines, is_fasta, list_engines, read_sequences
 from .convert import SPLITS, check_own, convert_old_store, convert_table, describe
 from .convert import export_command, kaggle_raw, refuse_options, simulated_raw
-from .data import LeftOut, Store, command, datamount, is_old_store, is_store, shown
-from .data import store_target, table_name, write_holdout
+from .data import LeftOut, Store, atomic, check_target, command, datamount, is_old_store
+from .data import is_store, shown, store_target, table_name, write_holdout
 
 # %% ../nbs/10_commands.ipynb #0b229d73
 PATH = click.Path(path_type=Path)
@@ -238,3 +242,225 @@ def print_run(out, metrics: dict):
                f"{metrics['data']}\n{ending(out, metrics)}")
     if 'scores' in metrics:
         click.echo(pd.DataFrame(metrics['scores']).T.round(4).to_string())
+
+# %% ../nbs/10_commands.ipynb #1c90a013
+def shard_option(ctx, param, value) -> tuple:  # which share of the work, of how many
+    "k/n, or what torchrun says"
+    if value is None: return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    match = re.fullmatch(r'(\d+)/(\d+)', value)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise click.BadParameter(f'{value!r}, expected k/n with k from 1 to n, e.g. 2/4')
+    return int(match[1]) - 1, int(match[2])
+
+
+@command()
+@click.argument('sequences', type=PATH)
+@click.option('--ckpt', multiple=True, type=PATH,
+              help='Run folder, checkpoint, the official RibonanzaNet.pt, or ensemble file of '
+                   'ribo_score --fit; several make an ensemble.  [default: the models that come '
+                   'with ribo_nb]')
+@click.option('--out', required=True, type=PATH,
+              help='File to write: .parquet, .csv, .csv.gz or (tables only) .rdat.')
+@click.option('--flip/--no-flip', default=None,
+              help='Also read every RNA from its other end: a little better, twice the time; for'
+                   ' models trained with flips, which those of ribo_nb were not.  [default: as '
+                   'the ensemble file says, else no]')
+@click.option('--raw', is_flag=True,
+              help='The last weights instead of their running average, where a run kept both.')
+@click.option('--precision', default='fp32', type=click.Choice(['fp32','bf16','fp16','auto']),
+              help='Of the arithmetic.')
+@click.option('--device', default='auto', type=click.Choice(['auto','cpu','cuda']),
+              help='Where to compute.')
+@click.option('--bpp', 'bpps', type=PATH,
+              help='Keep and reuse base-pair probabilities in this folder.')
+@click.option('--no-structure', is_flag=True, help='Leave dot-brackets out of a table.')
+@click.option('--figures', type=PATH, help='Also draw figures into this folder.')
+@click.option('--figures-most', 'most', default=20, type=click.IntRange(0),
+              help='RNAs that figures and report draw one by one.')
+@click.option('--report', type=PATH, help='Also write one HTML file with all of it.')
+@click.option('--measured', type=PATH,
+              help='Store or RDAT file with measured profiles, drawn beside the predictions.')
+@click.option('--mutate', is_flag=True, help='Also draw a mutate-and-map of the first sequence.')
+@click.option('--shard', callback=shard_option,
+              help='k/n: do only the k-th of n shares; whoever finishes last joins them.  '
+                   '[default: from torchrun]')
+@click.option('--hours', default=0., type=click.FloatRange(0),
+              help='Stop in time, with all finished parts kept; 0: no limit.')
+@click.option('--merge', is_flag=True,
+              help='Only join parts that shards have made, perhaps on other machines.')
+@click.option('--pseudo', type=PATH,
+              help='Write a store to train on: this one and, as pseudo-labels, SEQUENCES.')
+@click.option('--skip-bad', is_flag=True,
+              help='Leave out records that are bad (not a submission), instead of stopping at '
+                   'the first, and list them in OUT.skipped.csv.')
+def ribo_infer(mutate, figures, report, ckpt, device, flip, raw, precision, **options):
+    """Predict 2A3 and DMS reactivity (0 to 1 per nucleotide) of SEQUENCES.
+
+    Without --ckpt the models that come with ribo_nb are used; MODEL_CARD.md beside them says what they are good for.
+    FASTA, or a table with a column `sequence`, gives a table: one row per sequence (CSV: per nucleotide).
+    Kaggle's test_sequences (with id_min and id_max) gives a submission. Stopped, killed or cut off, the same
+    command goes on where it was. Exit code 75: asked to stop, and all finished parts are kept."""
+    from ribo_nb.train import STOPPED, Stopped, use_own_gpu
+    if mutate and not (figures or report):
+        raise click.UsageError('--mutate draws into --figures or --report: give one.')
+    use_own_gpu()
+
+    def load_models():
+        from ribo_nb.ensemble import load, shipped
+        model = load(list(ckpt) or None, device, flip, raw, precision)
+        if not ckpt and not int(os.environ.get('LOCAL_RANK', 0)):
+            click.echo(shipped(), err=True)
+        return model
+
+    try:
+        infer_command(load_models, mutate=mutate, figures=figures, report=report, **options)
+    except Stopped as stopped:
+        click.echo(str(stopped), err=True)
+        raise SystemExit(STOPPED) from stopped
+
+# %% ../nbs/10_commands.ipynb #c7f769db
+def infer_command(load_models, sequences, out, merge, pseudo, measured, no_structure, skip_bad, **options):
+    "What can be wrong with the files is found before the models are loaded"
+    from ribo_nb.data import vienna
+    from ribo_nb.infer import check_files, infer_file, read_measured
+    if pseudo:
+        pseudo_command(load_models, sequences, out, pseudo, skip_bad, options['bpps'])
+        return
+    if merge:
+        merge_command(load_models, sequences, out, not no_structure, skip_bad)
+        return
+    known = read_measured(measured) if measured else None
+    out, seqs = check_files(out, sequences, options['figures'], options['report'], skip_bad)
+    if not no_structure and seqs.low is None:
+        vienna()
+    said = infer_file(load_models(), seqs, out, structures=not no_structure, measured=known,
+                      skip_bad=skip_bad, **options)
+    click.echo(said)
+
+
+def pseudo_command(load_models, sequences, out, pseudo, skip_bad, bpps):
+    "A store with pseudo-labels behind the rows of another"
+    from ribo_nb.bpp_store import BppStore
+    from ribo_nb.config import folding
+    from ribo_nb.jobs import Sequences, outside_line, write_pseudo
+    store_target(out, pseudo)
+    store = Store(pseudo)
+    seqs = Sequences(sequences, skip_bad)
+    model = load_models()
+    for line in (model.seen and outside_line(seqs, model.seen), seqs.left_out.report(out)):
+        if line:
+            click.echo(line, err=True)
+    bpp = BppStore(bpps, folding(model.cfgs[0]))
+    n = write_pseudo(model, seqs.take().sequence, store, out, bpp)
+    click.echo(f'{out}: {n} sequences with pseudo-labels, behind the rows of {pseudo}')
+
+
+def merge_command(load_models, sequences, out, structures, skip_bad):
+    "Join the parts that shards have made"
+    from ribo_nb.infer import job_of
+    from ribo_nb.jobs import Job, Sequences, join
+    if not out.with_name(f'{out.name}.parts').is_dir():
+        raise ValueError(f'{out}.parts: no such folder, nothing to merge: run the shards first')
+    seqs = Sequences(sequences, skip_bad)
+    what = job_of(load_models(), seqs, structures)
+    join(Job(check_target(out, sequences), what, seqs.length), seqs)
+    click.echo(f'{out}: joined')
+
+# %% ../nbs/10_commands.ipynb #3d2c853f
+@command()
+@click.argument('submission', type=PATH, required=False)
+@click.argument('solution', type=PATH, required=False)
+@click.option('--test', type=PATH,
+              help="The solution's test_sequences.csv: scores by length and data set; needed for"
+                   " --store.")
+@click.option('--store', type=PATH,
+              help='Training data: overlap with the test set, and three lookup tables fitted on '
+                   'the rest. For --fit: what the models were trained on.')
+@click.option('--bpp', 'bpps', type=PATH, help='Folder of the BPP store.')
+@click.option('--check', type=PATH,
+              help='Only check SUBMISSION against the rules; names test_sequences or a sample '
+                   'submission.')
+@click.option('--fit', type=PATH,
+              help='Write an ensemble file (.json) for ribo_infer --ckpt: weights and error bars'
+                   ' of the --ckpt members, from their held-out folds of --store.')
+@click.option('--ckpt', type=PATH, multiple=True, help='Run folder or checkpoint, for --fit.')
+@click.option('--runs', type=PATH, multiple=True,
+              help='Compare these run folders, one --runs for each.')
+@click.option('--figure', type=PATH,
+              help='Where to draw: errors, reliability, or curves of the runs; .png or .pdf.')
+@click.option('--report', type=PATH, help='One HTML file about the --runs.')
+def ribo_score(check, fit, runs, figure, report, **options):
+    """Official score (mean absolute error, lower is better) of SUBMISSION against SOLUTION; --check, --fit and --runs do something else instead."""
+    if report and not runs:
+        raise click.UsageError('--report is about --runs: give them.')
+    if figure and not (runs or fit or options['test']):
+        raise click.UsageError('--figure draws errors by length and data set: give --test.')
+    if runs:
+        fig = compare_command(runs, report)
+    elif fit:
+        fig = fit_command(fit, options['ckpt'], options['store'], options['bpps'])
+    elif check:
+        fig = check_command(options['submission'], check)
+    else:
+        del options['ckpt']
+        fig = score_command(figure, **options)
+    if fig is None: return
+    import matplotlib.pyplot as plt
+    if figure:
+        with atomic(figure) as path:
+            fig.savefig(path, dpi=120, format=figure.suffix[1:] or 'png')
+    plt.close(fig)
+
+# %% ../nbs/10_commands.ipynb #9c78e9a1
+def compare_command(runs, report):
+    from ribo_nb.runs import compare
+    from ribo_nb.score import report_runs
+    table, fig = compare(runs)
+    click.echo(table.to_string())
+    if report:
+        report_runs(runs, report)
+        click.echo(f'{report}: report')
+    return fig
+
+
+def fit_command(fit, ckpt, store, bpps):
+    from ribo_nb.ensemble import load
+    from ribo_nb.score import fit_ensemble
+    if not ckpt or not store:
+        raise click.UsageError('--fit needs --ckpt and --store.')
+    scores, covered, fig = fit_ensemble(load(list(ckpt)), Store(store), fit, bpps)
+    click.echo(f'{scores.round(4).to_string()}\n\nshare of measurements inside, on families not fitted on\n'
+               f'{covered.round(3).to_string()}\n{fit}: ensemble of {len(ckpt)}')
+    return fig
+
+
+def check_command(submission, check):
+    from ribo_nb.score import check_submission
+    if not submission:
+        raise click.UsageError('Give SUBMISSION.')
+    click.echo(f'{submission}: {check_submission(submission, check)} rows, as Kaggle wants them')
+
+
+def score_command(figure, submission, solution, test, store, bpps):
+    from ribo_nb.jobs import Sequences
+    from ribo_nb.metric import plot_errors
+    from ribo_nb.score import number_of, report_overlap, score_files, score_tables
+    if not (submission and solution):
+        raise click.UsageError('Give SUBMISSION and SOLUTION, or --check, --fit or --runs.')
+    if store and not test:
+        raise click.UsageError('The baselines need both --test and --store.')
+    table = score_files([submission], solution, test, Store(store) if store else None, bpps)
+    number = number_of(table)
+    click.echo('\n\n'.join(score_tables(table)))
+    if number != 'official':
+        click.echo(f'\n{solution}: no position has both modifiers, so this is the {number}, not the '
+                   f'official score')
+    if store:
+        click.echo('\n' + report_overlap(Sequences(test), Store(store)))
+    groups = {}
+    for group in table.index.unique('group'):
+        if group != 'all':
+            own = table.xs((submission.stem, group), level=('who', 'group'))
+            groups[group] = own[number].to_dict()
+    if figure and groups:
+        return plot_errors(groups, number.replace('official', 'official MAE'))

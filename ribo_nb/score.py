@@ -5,25 +5,31 @@
 # %% auto #0
 __all__ = ['LEVELS', 'id_batches', 'ById', 'read_solution', 'read_submission', 'check_submission', 'score_files',
            'report_overlap', 'out_of_fold', 'fit_weights', 'quantile_regression', 'calibrate', 'coverage',
-           'mean_spread', 'fit_ensemble', 'plot_reliability', 'report_runs', 'number_of', 'ribo_score']
+           'mean_spread', 'fit_ensemble', 'plot_reliability', 'report_runs', 'number_of', 'score_tables']
 
 # %% ../nbs/05b_score.ipynb #1c0bff45
-import json,mmap,os,tempfile,click,numpy as np,pandas as pd,pyarrow as pa,torch
-import matplotlib.pyplot as plt,seaborn as sns
+import json
+import mmap
+import os
+import tempfile
 from collections import defaultdict
 from pathlib import Path
-from scipy.optimize import minimize
-from .data import *
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from .bpp_store import BppStore
+from .config import folding
+from .data import COLORS, MODS, Store, as_numbers, check_columns, check_target, column_names
+from .data import held_out, progress, short_names, table_batches
+from .ensemble import Ensemble, features, interval, save_ensemble
 from .families import assign_folds
-from .bpp import *
-from .bpp_store import *
-from .structure import *
-from .train import *
-from .tasks import *
-from .config import *
-from .metric import *
-from .runs import *
-from .infer import *
+from .jobs import SUBMISSION, Sequences
+from .metric import fit_baselines, look_up, thin
+from .runs import compare
+from .structure import write_report
+from .tasks import predict_rows
 
 # %% ../nbs/05b_score.ipynb #4e52cf82
 def id_batches(path, *more, size:int=1<<17):
@@ -254,6 +260,7 @@ def fit_weights(
     y, # (n m)
 )->np.ndarray: # >= 0, sum 1, (k)
     "The weights with the smallest mean absolute error"
+    from scipy.optimize import minimize  # slow to import
     if not (k := len(preds)) or not len(y): raise ValueError('no positions to fit weights on')
     if k == 1: return np.ones(1)
     p,y = preds.reshape(k, -1).astype(float),y.ravel().astype(float)
@@ -274,6 +281,7 @@ def quantile_regression(
     most:int=40_000,
 )->np.ndarray: # coefficients, (f)
     "Coefficients that minimise the pinball loss (Koenker & Bassett 1978), smoothed by 0.005; the constant is then set so that a share q lies below"
+    from scipy.optimize import minimize  # slow to import
     f,e = (x[np.linspace(0, len(e)-1, min(len(e), most)).astype(int)] for x in (f, e))
     scale = np.abs(f).max(0).clip(1e-9)
     g,width = f/scale,.005
@@ -333,7 +341,8 @@ def fit_ensemble(
     weights = fit_weights(preds, y)
     scores = pd.DataFrame({**{f'{n} alone': mae(p) for n,p in zip(names, preds, strict=True)}, 'plain mean': mae(mean_spread(preds, plain)[0]), 'weighted, cross-fitted': mae(judged)}).T
     share = np.array([weights[k]/kind.count(k) for k in kind])
-    final = Ensemble(model.members, model.cfgs, model.paths, share, model.flip, model.dtype, calibrate(*mean_spread(preds, weights), y))
+    final = Ensemble(model.members, model.cfgs, model.paths, share, model.flip, dtype=model.dtype,
+                     calibration=calibrate(*mean_spread(preds, weights), y))
     save_ensemble(out, final, fitted=dict(store=store.path.name, sha256=store.meta.get('sha256'), positions=len(y), official=float(scores.official.iloc[-1]), coverage=covered.round(4).to_dict('index')))
     return scores.assign(weight=[*weights, np.nan, np.nan]),covered,plot_reliability(covered, judged, spread_, y)
 
@@ -347,8 +356,9 @@ def _same_data(path, store):
 def plot_reliability(
     covered:pd.DataFrame, # from `coverage`
     pred, spread, y, # of the positions, (n m)
-)->plt.Figure:
+):  # matplotlib's Figure
     "Stated against observed coverage; and how the error grows with the spread of the members"
+    import matplotlib.pyplot as plt
     fig,(a,b) = plt.subplots(1, 2, figsize=(8, 3.4), layout='constrained')
     a.plot([0, 1], [0, 1], color='.6', lw=1, ls='--')
     a.fill_between([.77, .83], .75, .85, color='.85', lw=0)
@@ -360,7 +370,7 @@ def plot_reliability(
             b.plot(g.s, g.e, 'o-', color=COLORS[mod], label=mod)
     a.set(xlabel='stated coverage', ylabel='measurements inside', xlim=(.4, 1), ylim=(.4, 1), title='families not fitted on')
     b.set(xlabel='spread of the members', ylabel='mean absolute error', title='spread as a warning'); a.legend(frameon=False)
-    for ax in (a, b): ax.title.set_size(10); sns.despine(ax=ax)
+    for ax in (a, b): ax.title.set_size(10); ax.spines[['top','right']].set_visible(False)
     return fig
 
 # %% ../nbs/05b_score.ipynb #925dfdeb
@@ -377,50 +387,8 @@ def report_runs(runs, path):
 def number_of(t)->str: # the column of `score_files` that holds the one number
     return next(c for c in t if c == 'official' or c.startswith('MAE of'))
 
-def _show(t):
+def score_tables(t): # text, a table for each group
     for g in t.index.unique('group'):
         d = t.xs(g, level='group')
         d = d.droplevel('value') if g == 'all' else d[number_of(t)].unstack('who')
         yield (f'by {g}\n' if g != 'all' else '') + d.round(4).to_string()
-
-# %% ../nbs/05b_score.ipynb #58e90e81
-@command()
-@click.argument('submission', type=click.Path(path_type=Path), required=False)
-@click.argument('solution', type=click.Path(path_type=Path), required=False)
-@click.option('--test', type=click.Path(path_type=Path), help="The solution's test_sequences.csv: scores by length and data set; needed for --store.")
-@click.option('--store', type=click.Path(path_type=Path), help='Training data: overlap with the test set, and three lookup tables fitted on the rest. For --fit: what the models were trained on.')
-@click.option('--bpp', 'bpps', type=click.Path(path_type=Path), help='Folder of the BPP store.')
-@click.option('--check', type=click.Path(path_type=Path), help='Only check SUBMISSION against the rules; names test_sequences or a sample submission.')
-@click.option('--fit', type=click.Path(path_type=Path), help='Write an ensemble file (.json) for ribo_infer --ckpt: weights and error bars of the --ckpt members, from their held-out folds of --store.')
-@click.option('--ckpt', type=click.Path(path_type=Path), multiple=True, help='Run folder or checkpoint, for --fit.')
-@click.option('--runs', type=click.Path(path_type=Path), multiple=True, help='Compare these run folders, one --runs for each.')
-@click.option('--figure', type=click.Path(path_type=Path), help='Where to draw: errors, reliability, or curves of the runs; .png or .pdf.')
-@click.option('--report', type=click.Path(path_type=Path), help='One HTML file about the --runs.')
-def ribo_score(submission, solution, test, store, bpps, check, fit, ckpt, runs, figure, report):
-    """Official score (mean absolute error, lower is better) of SUBMISSION against SOLUTION; --check, --fit and --runs do something else instead."""
-    fig = None
-    if report and not runs: raise click.UsageError('--report is about --runs: give them.')
-    if figure and not (runs or fit or test): raise click.UsageError('--figure draws errors by length and data set: give --test.')
-    if runs:
-        table,fig = compare(runs)
-        click.echo(table.to_string())
-        if report: report_runs(runs, report); click.echo(f'{report}: report')
-    elif fit:
-        if not ckpt or not store: raise click.UsageError('--fit needs --ckpt and --store.')
-        scores,covered,fig = fit_ensemble(load(list(ckpt)), Store(store), fit, bpps)
-        click.echo(f'{scores.round(4).to_string()}\n\nshare of measurements inside, on families not fitted on\n{covered.round(3).to_string()}\n{fit}: ensemble of {len(ckpt)}')
-    elif check:
-        if not submission: raise click.UsageError('Give SUBMISSION.')
-        click.echo(f'{submission}: {check_submission(submission, check)} rows, as Kaggle wants them')
-    else:
-        if not (submission and solution): raise click.UsageError('Give SUBMISSION and SOLUTION, or --check, --fit or --runs.')
-        if store and not test: raise click.UsageError('The baselines need both --test and --store.')
-        t = score_files([submission], solution, test, Store(store) if store else None, bpps)
-        click.echo('\n\n'.join(_show(t)))
-        if number_of(t) != 'official': click.echo(f'\n{solution}: no position has both modifiers, so this is the {number_of(t)}, not the official score')
-        if store: click.echo('\n' + report_overlap(Sequences(test), Store(store)))
-        groups = {g: t.xs((submission.stem, g), level=('who','group'))[number_of(t)].to_dict() for g in t.index.unique('group') if g != 'all'}
-        if figure and groups: fig = plot_errors(groups, number_of(t).replace('official', 'official MAE'))
-    if fig is not None and figure:
-        with atomic(figure) as p: fig.savefig(p, dpi=120, format=figure.suffix[1:] or 'png')
-    if fig is not None: plt.close(fig)

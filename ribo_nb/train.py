@@ -12,8 +12,8 @@ __all__ = ['KINDS', 'DTYPES', 'COSTS', 'STOPPED', 'OUTPUTS', 'PATIENCE', 'inject
            'train', 'is_finite', 'watch_modules', 'diagnose', 'sample_store', 'stores_here', 'old_stores_here',
            'choose_data', 'run_folder', 'run_lock', 'is_training', 'code_version', 'surroundings', 'check_folder',
            'record', 'fold_missing', 'first_model', 'prepare', 'train_run', 'learn', 'telling', 'last_line', 'finish',
-           'mae_name', 'plot_log', 'ending', 'join_others', 'run_as_one_of_several', 'why_it_ended', 'start_torchrun',
-           'ask_process', 'launch', 'Cfg', 'cfgs', 'make_cfg', 'build', 'official_mae', 'load_model']
+           'mae_name', 'plot_log', 'ending', 'use_own_gpu', 'join_others', 'run_as_one_of_several', 'why_it_ended',
+           'start_torchrun', 'ask_process', 'launch', 'Cfg', 'cfgs', 'make_cfg', 'build', 'official_mae', 'load_model']
 
 # %% ../nbs/04_train.ipynb #2c5330b4
 import ast
@@ -1073,13 +1073,19 @@ def ending(out, metrics: dict) -> str:  # one line
     if not metrics['finished']: return f'{name}: time was up before the end; start it again to go on'
     return f'{name}: finished, nothing is left to do; a new run needs another run folder'
 
-# %% ../nbs/04_train.ipynb #a9d59ebb
+# %% ../nbs/04_train.ipynb #51325929
+def use_own_gpu():
+    "Under torchrun, each process of a machine has a GPU of its own"
+    if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ:
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+
+
 def join_others(cfg: Cfg):
-    "Under torchrun: become one of several processes, with a GPU of its own"
+    "Under torchrun: become one of several processes"
     if int(os.environ.get('WORLD_SIZE', 1)) == 1: return
     has_gpu = resolve(cfg)[0].type == 'cuda'
     if has_gpu:
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        use_own_gpu()
     dist.init_process_group('nccl' if has_gpu else 'gloo')
 
 
