@@ -12,7 +12,8 @@ from battle_scores import context_lookup, library_of, units, with_interval
 from ribo_nb.bpp import engine
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import MODS, Store, atomic, held_out
-from ribo_nb.infer import Ensemble, load, save_ensemble
+from ribo_nb.ensemble import Ensemble, save_ensemble
+from ribo_nb.infer import load
 from ribo_nb.score import calibrate, fit_weights, mean_spread
 from ribo_nb.config import folding, load_checkpoint, save
 from ribo_nb.metric import errors

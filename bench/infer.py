@@ -5,7 +5,8 @@ from pathlib import Path
 import click,numpy as np,pandas as pd,torch
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import collate
-from ribo_nb.infer import Ensemble,Job,Sequences,join,run_job
+from ribo_nb.ensemble import Ensemble
+from ribo_nb.jobs import Job, Sequences, join, run_job
 from ribo_nb.config import build, cfgs
 from ribo_nb.tasks import predict_sequences
 

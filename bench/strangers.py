@@ -25,7 +25,8 @@ from scipy.optimize import minimize
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.convert import write_store
 from ribo_nb.data import FLANK3, FLANK5, MODS, Store, atomic, datamount, held_out
-from ribo_nb.infer import SHIPPED, Spread, features, interval, kind_features, load, predict
+from ribo_nb.ensemble import SHIPPED, Spread, features, interval, kind_features
+from ribo_nb.infer import load, predict
 from ribo_nb.score import LEVELS, quantile_regression
 from ribo_nb.config import cfgs, folding
 from ribo_nb.tasks import predict_rows

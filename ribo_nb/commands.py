@@ -26,7 +26,7 @@ from .data import is_store, shown, store_target, table_name, write_holdout
 # %% ../nbs/10_commands.ipynb #0b229d73
 PATH = click.Path(path_type=Path)
 
-# %% ../nbs/10_commands.ipynb #18b61cf5
+# %% ../nbs/10_commands.ipynb #bfcb0611
 def fetch_tables() -> Path:
     from ribo_nb import kaggle
     return kaggle.fetch_tables()
@@ -69,8 +69,9 @@ def ribo_data(raw, out, n_sim, kaggle, holdout, skip_bad, **how):
     if raw and is_store(raw):
         refuse_options(raw, 'a store', (*how, 'skip_bad', 'holdout'))
         return export_command(raw, out)
-    if out:
-        store_target(out)
+    if out and store_target(out).suffix != '.arrow':
+        click.echo(f'{out}: becomes an Arrow store, which other programs take for a damaged Parquet '
+                   f'file: better give it a name that ends in .arrow', err=True)
     if kaggle:
         raw = kaggle_raw(fetch_tables)
     if n_sim:

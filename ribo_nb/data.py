@@ -478,7 +478,11 @@ def simulate(
 def is_parquet(path): return Path(path).suffix.lower() in ('.parquet','.pq')
 
 def is_store(path) -> bool:
-    return Path(path).suffix.lower() == '.arrow'
+    "An Arrow file, whatever its name; where there is no file, the name decides"
+    path = Path(path)
+    if path.suffix.lower() == '.arrow' or not path.is_file(): return path.suffix.lower() == '.arrow'
+    with open(path, 'rb') as file:
+        return file.read(6) == b'ARROW1'
 
 @contextmanager
 def readable(
@@ -853,9 +857,9 @@ def store_target(
     path,  # the store to be
     *sources,  # files that are read for it
 ) -> Path:
-    "`check_target` for a store, whose name must end in .arrow"
+    "`check_target` for a store, whose name ends in .arrow or, in scripts of before, in .parquet"
     path = Path(path)
-    if path.suffix != '.arrow':
+    if path.suffix not in ('.arrow', '.parquet'):
         name = shown(path.with_name(f'{table_name(path)}.arrow'))
         raise ValueError(f"{path}: a store is an Arrow file: give it a name that ends in .arrow, "
                          f"such as {name}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_measured', 'measured_profiles', 'escape_mathtext', 'rna_figures', 'set_figures', 'error_by', 'mutate_and_map',
            'all_figures', 'write_figures', 'infer_file', 'check_files', 'job_of', 'first_rows', 'draw_file',
-           'drawn_share', 'report_parts', 'infer_together', 'infer_as_one_of_several']
+           'drawn_share', 'report_parts', 'infer_together', 'infer_as_one_of_several', 'load', 'predict']
 
 # %% ../nbs/05_infer.ipynb #8f696e83
 import itertools
@@ -33,6 +33,9 @@ from .metric import plot_errors, plot_pred
 from .structure import by_similarity, dot_bracket, mutants, plot_band, plot_mutate_map
 from .structure import plot_structure, write_report
 from .train import STOPPED, Stopped, use_own_gpu
+
+# %% ../nbs/05_infer.ipynb #7c41d0ae
+_all_ = ['load', 'predict']
 
 # %% ../nbs/05_infer.ipynb #17475353
 def read_measured(path): # Store, or sequence → (l m)

@@ -7,7 +7,8 @@ import pytest
 from helpers import ROOT
 
 from ribo_nb.data import MODS
-from ribo_nb.infer import SHIPPED, interval, kind_features, likeness, load, save_ensemble
+from ribo_nb.ensemble import SHIPPED, interval, kind_features, likeness, save_ensemble
+from ribo_nb.infer import load
 
 SHIPPED_CALIBRATION = json.loads(SHIPPED.read_text())['calibration']
 

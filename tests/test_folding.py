@@ -136,7 +136,7 @@ def test_folding_ignores_numpys_error_state(tmp_path):
         simulate(4, seed=1)
 
 def test_dense_and_predict_ignore_torchs_default_dtype(tmp_path):
-    from ribo_nb.infer import load,predict
+    from ribo_nb.infer import load, predict
     bpps = BppStore(tmp_path, engine('native'))
     bpps.fill([SHORT], quiet=True)
     before,table = bpps([SHORT]),predict(load(), [SHORT], bpp=bpps)

@@ -231,3 +231,13 @@ def test_readme_installs_before_its_first_command():
     demo = run('make', '--no-print-directory', '-n', 'demo', cwd=ROOT).stdout.strip().splitlines()
     assert demo[-1].startswith('echo "open datamount/runs/cfg_demo/report.html')
     assert '--report datamount/runs/cfg_demo/report.html' in demo[-2]
+
+
+def test_two_notebooks_of_one_module_are_refused(tmp_path):
+    "By `make check`, and by an export, before the later of them wins"
+    subprocess.run(['cp', '-r', *(str(ROOT/p) for p in ('nbs', 'ribo_nb', 'settings.ini', '.ci')), str(tmp_path)], check=True)
+    shutil.copy(tmp_path/'nbs'/'04_train.ipynb', tmp_path/'nbs'/'08_train.ipynb')
+    before = (tmp_path/'ribo_nb'/'train.py').read_bytes()
+    done = subprocess.run([sys.executable, '.ci/notebooks.py', 'export'], cwd=tmp_path, env=env(), capture_output=True, text=True)
+    assert done.returncode and 'both export ribo_nb/train.py' in done.stderr
+    assert (tmp_path/'ribo_nb'/'train.py').read_bytes() == before

@@ -4,7 +4,8 @@ import numpy as np,pandas as pd,pytest
 from helpers import BIN,REAL,ROOT,TINY,call,env,invoke,start
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.data import sequence_id,simulate
-from ribo_nb.infer import Job,Sequences,join,load,predict,read_sequences_file,run_job
+from ribo_nb.infer import load, predict
+from ribo_nb.jobs import Job, Sequences, join, read_sequences_file, run_job
 from ribo_nb.score import check_submission
 from ribo_nb.train import Stopped
 
@@ -194,7 +195,7 @@ class No:
     def find_spec(self, name, *_):
         if name.split('.')[0] in ('fastcore','nbdev','IPython','papermill','pytest','rdat_kit','RNA','psutil','polars'): raise ImportError(name)
 sys.meta_path.insert(0, No())
-from ribo_nb.infer import load,predict
+from ribo_nb.infer import load, predict
 model = load({str(runs/'a')!r})
 print(predict(model, ['GGGAAACGUUUCCC']).reactivity_2A3_MaP[0].shape)'''
     r = subprocess.run([str(BIN/'python'), '-c', code], cwd=tmp_path, env=env(), capture_output=True, text=True)

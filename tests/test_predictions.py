@@ -8,9 +8,10 @@ import pytest
 import torch
 from dataclasses import replace
 from helpers import TINY,invoke
-from ribo_nb import bpp, config, infer, train
+from ribo_nb import bpp, config, convert, ensemble, infer, jobs, train
 from ribo_nb.data import FLANK3,FLANK5,Store,shown
-from ribo_nb.infer import drawn_share,load,outside,predict
+from ribo_nb.ensemble import novelties as outside
+from ribo_nb.infer import drawn_share, load, predict
 from published_ribonanzanet import official_state,published
 from ribo_nb.ribonanzanet import RibonanzaNet
 from ribo_nb.squeezeformer import toy_batch
@@ -141,14 +142,14 @@ def test_warnings_are_in_the_table_and_said_once(shipped_run):
 
 def test_csv_and_rdat_have_the_warnings(shipped_run, tmp_path):
     t = pd.read_parquet(shipped_run[0]/'o.parquet')
-    pv.write_csv(infer.by_position(t), tmp_path/'o.csv')
+    pv.write_csv(jobs.by_position(t), tmp_path/'o.csv')
     rows = pd.read_csv(tmp_path/'o.csv', keep_default_na=False)
     assert rows.warning[rows.name == 'r1'].unique().tolist() == [t.warning[0]]
     assert (rows.warning[rows.name == 'r3'] == '').all()
     assert (rows.low_2A3_MaP[rows.name == 'r1'] == '').sum() == 46
-    infer.write_rdat(t, tmp_path/'o.rdat')
+    jobs.write_rdat(t, tmp_path/'o.rdat')
     assert t.warning[0] in (tmp_path/'o.rdat').read_text()
-    assert infer.read_rdat(tmp_path/'o.rdat').sequence.tolist() == t.sequence.tolist()
+    assert convert.read_rdat(tmp_path/'o.rdat').sequence.tolist() == t.sequence.tolist()
 
 
 def test_report_says_what_it_leaves_out(shipped_run):
@@ -158,7 +159,7 @@ def test_report_says_what_it_leaves_out(shipped_run):
     page = (d/'r.html').read_text()
     assert 'rawn are 2 of 4 RNAs one by one' in page and '2 of 4 RNAs are outside' in page
     assert '46 of 76 positions never learnt' in page and 'squeezeformer.pt of ribo_nb' in page
-    assert str(infer.SHIPPED.parent) not in page and str(d) not in page
+    assert str(ensemble.SHIPPED.parent) not in page and str(d) not in page
 
 
 def test_all_are_drawn_when_they_are_few():

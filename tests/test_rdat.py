@@ -6,7 +6,8 @@ from helpers import invoke
 
 from ribo_nb.convert import read_rdat
 from ribo_nb.data import Store, sequence_id
-from ribo_nb.infer import read_measured, write_rdat
+from ribo_nb.infer import read_measured
+from ribo_nb.jobs import write_rdat
 
 SEQUENCE = 'GGGAACGACUCGAGUAGAGUCGAAAAGGCAUUCGUGCCAAAGAAACAACAACAACAAC'
 # A mutant in the part that is measured, from position 27 on.

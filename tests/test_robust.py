@@ -19,7 +19,9 @@ from ribo_nb.bpp import engine, read_sequences
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.convert import write_store
 from ribo_nb.data import Store, atomic, own_folder, simulate
-from ribo_nb.infer import Ensemble, Sequences, load
+from ribo_nb.ensemble import Ensemble
+from ribo_nb.infer import load
+from ribo_nb.jobs import Sequences
 from ribo_nb.score import fit_ensemble, score_files
 from ribo_nb.config import build, cfg_demo
 from ribo_nb.runs import compare, watch

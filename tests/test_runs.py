@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT, TINY, invoke
 
-from ribo_nb import bpp, bpp_store, config, convert, data, families, infer, metric, runs, score, structure, tasks, trackers, train
+from ribo_nb import bpp, bpp_store, config, convert, data, ensemble, families, infer, jobs, metric, runs, score, structure, tasks, trackers, train
 
 ONE_EPOCH = json.loads(TINY) | dict(n_epoch=1)
 
@@ -166,7 +166,7 @@ NO_ROWS = np.array([], int)
 def few(mount):
     class Few:
         store = data.Store(mount/'store.arrow')
-        model = infer.Ensemble([config.build(config.make_cfg('cfg_demo', json.loads(TINY)))],
+        model = ensemble.Ensemble([config.build(config.make_cfg('cfg_demo', json.loads(TINY)))],
                                [config.make_cfg('cfg_demo', json.loads(TINY))])
         bpp = bpp_store.BppStore(mount/'bpp')
     Few.nothing = metric.errors([], Few.store, NO_ROWS)
@@ -203,13 +203,13 @@ EMPTY = dict(
     report_runs=(lambda f: score.report_runs([], 'x.html'), 'no runs to compare'),
     predict=(lambda f: len(infer.predict(f.model, [], bpp=f.bpp)), 0),
     predict_structures=(lambda f: len(infer.predict(f.model, [], bpp=f.bpp, structures=True)), 0),
-    by_position=(lambda f: infer.by_position(infer.predict(f.model, [], bpp=f.bpp)).num_rows, 0),
-    write_rdat=(lambda f: infer.write_rdat(infer.predict(f.model, [], bpp=f.bpp), 'x.rdat'), 'no RNAs'),
+    by_position=(lambda f: jobs.by_position(infer.predict(f.model, [], bpp=f.bpp)).num_rows, 0),
+    write_rdat=(lambda f: jobs.write_rdat(infer.predict(f.model, [], bpp=f.bpp), 'x.rdat'), 'no RNAs'),
     all_figures=(lambda f: list(infer.all_figures(infer.predict(f.model, [], bpp=f.bpp), f.bpp, {}, f.model)), []),
     mutate_and_map=(lambda f: infer.mutate_and_map(f.model, ''), 'there is no sequence'),
     plot_mutate_map=(lambda f: structure.plot_mutate_map('', []), 'no mutants to draw'),
     load=(lambda f: infer.load([]), 'no checkpoint given'),
-    ensemble=(lambda f: infer.Ensemble([], []), 'no members'),
+    ensemble=(lambda f: ensemble.Ensemble([], []), 'no members'),
     error_by=(lambda f: infer.error_by([], [], []), 'no profiles'),
     fit_weights=(lambda f: score.fit_weights(np.empty((2, 0, 2)), NONE), 'no positions'),
     calibrate=(lambda f: score.calibrate(NONE, NONE, NONE), 'no positions'),

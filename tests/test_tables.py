@@ -16,7 +16,7 @@ from ribo_nb import data
 from ribo_nb.bpp import read_sequences
 from ribo_nb.convert import read_raw, write_store
 from ribo_nb.data import Store, held_out, read_table, simulate, write_holdout
-from ribo_nb.infer import Sequences, read_sequences_file
+from ribo_nb.jobs import Sequences, read_sequences_file
 from ribo_nb.score import check_submission, id_batches, score_files
 
 

@@ -5,7 +5,8 @@ from helpers import BIN,ROOT,call,env
 from ribo_nb import infer
 from ribo_nb.bpp import ETERNAFOLD,native_params
 from ribo_nb.data import sha256
-from ribo_nb.infer import SHIPPED,load,predict
+from ribo_nb.ensemble import SHIPPED
+from ribo_nb.infer import load, predict
 from ribo_nb.kaggle import build_wheel
 
 MODELS = ['squeezeformer.pt','mamba.pt','squeezeformer-large.pt']
