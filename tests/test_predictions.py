@@ -99,7 +99,7 @@ RANGE = dict(shortest=115, longest=170, start=26, end=20, triplets=.46875)
 def test_files_are_checked_before_models_are_loaded(text, more, why, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError('loaded')
-    monkeypatch.setattr(infer, 'load', never)
+    monkeypatch.setattr(ensemble, 'load', never)
     (tmp_path/'x.fa').write_text(text)
     r = invoke('ribo_infer', tmp_path/'x.fa', '--out', tmp_path/'o.csv', *more)
     assert r.exit_code == 1 and why in r.output, r.output

@@ -14,7 +14,7 @@ import pytest
 from torch import nn
 
 from helpers import ROOT, invoke
-from ribo_nb import infer, kaggle, score
+from ribo_nb import ensemble, infer, kaggle, score
 from ribo_nb.bpp import engine, read_sequences
 from ribo_nb.bpp_store import BppStore
 from ribo_nb.convert import write_store
@@ -211,7 +211,7 @@ def test_skip_bad_predictions(tmp_path, monkeypatch):
     cfg = type(cfg_demo)(**(vars(cfg_demo) | dict(d_model=16, n_layer=1, device='cpu', precision='fp32', engine='vienna')))
     (tmp_path/'weights').write_text('')
     tiny = Ensemble([build(cfg)], [cfg], [tmp_path/'weights']).eval()
-    monkeypatch.setattr(infer, 'load', lambda *_: tiny)
+    monkeypatch.setattr(ensemble, 'load', lambda *_: tiny)
     out = tmp_path/'p.parquet'
     asked = ('ribo_infer', tmp_path/'x.fa', '--ckpt', 'tiny', '--out', out, '--no-structure')
     refused = invoke(*asked)

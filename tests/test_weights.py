@@ -2,7 +2,7 @@
 import json,subprocess,zipfile
 import numpy as np,pandas as pd,pytest
 from helpers import BIN,ROOT,call,env
-from ribo_nb import infer
+from ribo_nb import ensemble
 from ribo_nb.bpp import ETERNAFOLD,native_params
 from ribo_nb.data import sha256
 from ribo_nb.ensemble import SHIPPED
@@ -57,7 +57,7 @@ def test_alone_or_in_company(rnas):
         for c in ('reactivity_2A3_MaP','reactivity_DMS_MaP'): assert np.abs(predict(model, s)[c][0] - together[c][k]).max() <= 1e-5
 
 def test_missing_or_damaged_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(infer, 'SHIPPED', tmp_path/'ensemble.json')
+    monkeypatch.setattr(ensemble, 'SHIPPED', tmp_path/'ensemble.json')
     with pytest.raises(ValueError, match='ensemble.json: no such file: install ribo_nb again'): load()
     (tmp_path/'ensemble.json').write_bytes(SHIPPED.read_bytes())
     with pytest.raises(ValueError, match='squeezeformer.pt: is missing or .*: install ribo_nb again'): load()
