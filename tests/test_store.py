@@ -63,10 +63,21 @@ def test_an_old_store_among_the_data_is_named(tmp_path, monkeypatch):
 
 
 def test_names_that_are_refused(mount, tmp_path):
-    for raw, out in ((mount/'raw.parquet', 's.parquet'), (mount/'store.arrow', 's.arrow')):
+    for raw, out in ((mount/'raw.parquet', 's.csv'), (mount/'store.arrow', 's.arrow')):
         refused = invoke('ribo_data', raw, '--out', tmp_path/out)
         assert refused.exit_code == 1 and 'name that ends in .' in refused.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_may_have_the_name_that_scripts_of_before_give_it(mount, tmp_path):
+    "`--out s.parquet`: an Arrow store all the same, told by what is in it, with a word about its name"
+    done = invoke('ribo_data', mount/'raw.parquet', '--out', tmp_path/'s.parquet')
+    assert done.exit_code == 0 and 'better give it a name that ends in .arrow' in done.output
+    assert (tmp_path/'s.parquet').read_bytes()[:6] == b'ARROW1'
+    store, same = Store(tmp_path/'s.parquet'), Store(mount/'store.arrow')
+    assert store.rows.sequence.tolist() == same.rows.sequence.tolist()
+    done = invoke('ribo_bpp', tmp_path/'s.parquet', '--out', mount/'bpp')
+    assert done.exit_code == 0 and ' 0 sequences folded' in done.output
 
 
 def test_damage_is_caught_or_harmless(mount, tmp_path):
