@@ -1111,8 +1111,8 @@ def why_it_ended(log) -> str:
     telling = [line for line in lines if 'Error' in line or 'start the same run again' in line]
     return '\n'.join((telling or lines[-5:])[:3])
 
-# %% ../nbs/04_train.ipynb #bc62839d
-def start_torchrun(out: Path, processes: int, **told) -> subprocess.Popen:
+# %% ../nbs/04_train.ipynb #06a118e9
+def start_torchrun(out: Path, processes: int, told: dict) -> subprocess.Popen:
     with atomic(out/'launch.json') as new:
         new.write_text(json.dumps(told))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
@@ -1145,7 +1145,7 @@ def launch(
     process = None
     if not is_training(out):
         told = dict(cfg=asdict(cfg), data=str(data), out=str(out), bpps=bpps and str(bpps))
-        process = start_torchrun(out, processes, **told)
+        process = start_torchrun(out, processes, told)
     n_shown = 0
     while process.poll() is None if process else is_training(out):
         try:
