@@ -7,10 +7,15 @@ __all__ = ['dot_bracket', 'partners', 'crossed', 'agreement', 'layout', 'place_n
            'by_similarity', 'mutants', 'plot_mutate_map', 'write_report']
 
 # %% ../nbs/01b_structure.ipynb #9aa64858
-import base64,html,io,re,numpy as np,pandas as pd
+import base64
+import html
+import io
 from pathlib import Path
-from .data import *
-from .bpp import *
+
+import numpy as np
+import pandas as pd
+
+from .data import COLORS, MODS, as_rna, atomic, encode, vienna, vienna_compound, wrapped
 
 # %% ../nbs/01b_structure.ipynb #67b1b76c
 def dot_bracket(
