@@ -169,10 +169,14 @@ def test_a_store_in_a_folder_that_cannot_be_written(rnas, tmp_path):
         path.chmod(0o555 if path.is_dir() else 0o444)
     code = f'''
 import os
+from ribo_nb.bpp import engine
 from ribo_nb.bpp_store import BppStore
-BppStore().fill(['GGGAAACCC'], quiet=True)  # all modules are loaded before it becomes somebody else
+native = engine('native')  # all is read before it becomes somebody else, to whom this clone may be closed
+warm = BppStore(engine=native)
+warm.fill(['GGGAAACCC'], quiet=True)
+warm(['GGGAAACCC'])
 os.setuid(12345)
-b = BppStore({str(tmp_path/'b')!r})
+b = BppStore({str(tmp_path/'b')!r}, native)
 print(b({rnas[:4]!r}).shape[0])
 try: b.fill(['GGGAAACCCAAA'], quiet=True)
 except ValueError as error: print(error)
